@@ -1,0 +1,362 @@
+"""The frozen dataclasses of a run. Everything that a run does is one of these fields.
+
+This module imports no jax, so that `--help`, dry runs and launchers start at once. The command line,
+overrides, grids and JSON are in `flags.py`, which reads these definitions.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Interval, Le, Lt
+
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Interval(ge=0, le=1)]
+Count = Annotated[int, Ge(1)]
+CountOrZero = Annotated[int, Ge(0)]
+
+
+class Loss:
+    """A loss function and its hyperparameters, whose fields come from the function's signature.
+
+    `Loss(losses.dpo, beta=0.1)`. Raises ValueError for a name that the function does not take, a
+    missing one, a wrong type, or a value outside the range that the signature's annotation declares.
+    """
+
+    __slots__ = ("function", "hyperparameters")
+    function: Callable
+    hyperparameters: Mapping[str, float | int | bool | str | None]
+
+    def __init__(self, function: Callable, **hyperparameters: Any):
+        declared = loss_fields(function)
+        where = f"loss {function.__name__}"
+        for name in hyperparameters:
+            if name not in declared:
+                raise ValueError(f"{where} has no hyperparameter {name!r}{nearest(name, declared)}")
+        resolved = {}
+        for name, (annotation, default) in declared.items():
+            value = hyperparameters.get(name, default)
+            if value is inspect.Parameter.empty:
+                raise ValueError(f"{where} needs a value for {name!r}: Loss({function.__name__}, {name}=...)")
+            resolved[name] = check_value(value, annotation, f"loss.{name}")
+        object.__setattr__(self, "function", function)
+        object.__setattr__(self, "hyperparameters", resolved)
+
+    def __setattr__(self, name: str, value: Any):
+        raise dataclasses.FrozenInstanceError(f"cannot assign to field {name!r}")
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Loss)
+            and other.function is self.function
+            and other.hyperparameters == self.hyperparameters
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.function, tuple(self.hyperparameters.items())))
+
+    def __repr__(self) -> str:
+        numbers = "".join(f", {name}={value!r}" for name, value in self.hyperparameters.items())
+        return f"Loss({self.function.__name__}{numbers})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Which weights the policy starts from, and how they are computed with."""
+
+    # a preset's name (random weights), a folder in HF format, a run folder, or builtin (the SFT model of the
+    # built-in task)
+    source: str = "builtin"
+    # compute type; None: bfloat16 on TPU and GPU, float32 on CPU. Parameters are float32
+    dtype: Literal["float32", "bfloat16"] | None = None
+    # what the backward pass computes again: none, the dots' inputs only, or each whole layer
+    remat: Literal["none", "dots", "full"] = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Which rows are read, and how they become token ids."""
+
+    # builtin, a .jsonl/.jsonl.gz/.parquet file, a folder of a saved HF dataset, hf:NAME, or tfds:DIR
+    source: str = "builtin"
+    # split of an HF or TFDS source
+    split: str = "train"
+    # held-out rows, named as source is; None: held_out rows of the source, if any
+    evaluation_source: str | None = None
+    # split of an HF or TFDS evaluation source
+    evaluation_split: str = "test"
+    # examples set apart from the source for evaluation, where evaluation_source is None
+    held_out: CountOrZero = 0
+    # the rows' form; None: recognised from the fields of the first row, an error where two forms fit
+    form: Literal["pairs", "transcripts", "unpaired", "judged", "text"] | None = None
+    # what one training example is: chosen and rejected, one labelled completion (KTO), or one completion (SFT)
+    examples: Literal["pairs", "unpaired", "sft"] = "pairs"
+    # a folder, a tokenizer.json or a hub name; None: the one that lies beside the model
+    tokenizer: str | None = None
+    # a Jinja file with the chat template; None: the tokenizer's own
+    chat_template: str | None = None
+    # token that ends each completion; None: the tokenizer's own
+    eos_token: str | None = None
+    # token that starts each prompt; None: the one that the tokenizer itself adds, if any
+    bos_token: str | None = None
+    # most tokens of a prompt and one completion together, BOS and EOS included
+    max_length: Annotated[int, Ge(2)] = 512
+    # most tokens of a prompt when it has to be cut; None: half of max_length
+    max_prompt_length: Count | None = None
+    # a prompt and completion over max_length: keep the prompt's end and then the completion's start, drop the
+    # example and count it, or stop
+    over_length: Literal["cut", "drop", "error"] = "cut"
+    # a row that cannot be used (missing field, empty completion, chosen equal to rejected): stop, or drop
+    # the row and count it
+    bad_rows: Literal["error", "drop"] = "error"
+    # share of the training labels that is flipped, drawn with seed (chosen and rejected swapped)
+    label_noise: Fraction = 0.0
+    # seed of label noise, of the held-out choice and of KTO's mismatched completions
+    seed: CountOrZero = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """The reference model of the log-ratios."""
+
+    # initial (a copy of the policy as it starts), a preset, folder or run folder; None: a loss that has none
+    source: str | None = "initial"
+    # compute its log-probabilities once, keep them on disk, and hold no second set of parameters
+    cached: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """What optax applies to the gradient."""
+
+    kind: Literal["adamw", "rmsprop", "adafactor"] = "adamw"
+    # peak learning rate
+    learning_rate: Positive = 1e-6
+    # its course after warm-up
+    schedule: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "constant"
+    # steps over which it rises linearly from 0
+    warmup_steps: CountOrZero = 0
+    # largest global norm of the gradient; None: no clipping
+    clip: Positive | None = 1.0
+    # decoupled weight decay (adamw and adafactor)
+    weight_decay: NonNegative = 0.0
+    # decay of the first moment (adamw); None: 0.9
+    b1: Fraction | None = None
+    # decay of the second moment (adamw, rmsprop); None: 0.999 and 0.99
+    b2: Fraction | None = None
+    # added to the root of the second moment (adamw, rmsprop); None: 1e-8
+    eps: Positive | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """How the devices are laid out. The product of the axes is the number of devices."""
+
+    # copies of the parameters
+    data: Count = 1
+    # shards of parameters, moments and rows; None: all devices that the other axes leave
+    fsdp: Count | None = None
+    # shards of heads, hidden units and vocabulary
+    tensor: Count = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Text sampled from the policy at each evaluation."""
+
+    # held-out prompts that are continued; 0: none
+    count: CountOrZero = 0
+    # most tokens of a sample
+    max_tokens: Count = 64
+    # of the softmax; sequence-level KL is that of this distribution at 1 without top_k and top_p
+    temperature: Positive = 1.0
+    # only the k likeliest tokens; None: all
+    top_k: Count | None = None
+    # only the likeliest tokens that reach this probability together; None: all
+    top_p: Annotated[float, Interval(gt=0, le=1)] | None = None
+    # ground-truth reward of (prompt, completion), a function of the experiment file; None: not computed
+    reward: Callable[[str, str], float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Which checkpoints are kept. The newest always is."""
+
+    # the newest ones
+    keep: Count = 1
+    # the best ones by metric; 0: none
+    keep_best: CountOrZero = 0
+    # held-out metric that best means
+    metric: str = "eval/loss"
+    # whether the best is its smallest or its largest value
+    best: Literal["smallest", "largest"] = "smallest"
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """Where metrics go beside metrics.jsonl, and a bar on the terminal."""
+
+    # TensorBoard files in the run folder
+    tensorboard: bool = True
+    # wandb project; None: no wandb
+    wandb_project: str | None = None
+    # a progress bar on the terminal
+    progress: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """A window of steps that the profiler traces into the run folder's profile/."""
+
+    # first step that is traced; None: no trace
+    start: CountOrZero | None = None
+    # how many steps are traced
+    steps: Count = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """The size of the built-in task; read where data.source or model.source is builtin."""
+
+    # preset of the model that is trained from scratch by SFT
+    model: str = "reviews-5m"
+    # reviews of the corpus
+    reviews: Count = 40_000
+    # SFT: steps, examples a step and peak learning rate
+    sft_steps: Count = 1_500
+    sft_batch_size: Count = 64
+    sft_learning_rate: Positive = 1e-3
+    # prefixes from which preference pairs are made
+    prefixes: Count = 5_000
+    # prefixes kept apart for evaluation
+    held_out_prefixes: Count = 256
+    # completions sampled from the SFT model for each prefix
+    completions: Annotated[int, Ge(2)] = 4
+    # pairs taken of each prefix's completions, those of different reward; None: all
+    pairs_per_prefix: Count | None = 2
+    # of the corpus, the SFT model and the sampled pairs
+    seed: CountOrZero = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One run."""
+
+    loss: Loss
+    # optimizer steps
+    steps: Count
+    # examples a step, over all devices and microbatches
+    batch_size: Count = 64
+    # parts of a step whose gradients are accumulated
+    microbatches: Count = 1
+    # over what a loss's batch statistics (KTO's KL) are taken when there are several microbatches
+    statistics: Literal["global", "microbatch"] = "global"
+    # of parameters, data order and sampling
+    seed: CountOrZero = 0
+    # folder of the run; None: runs/ and the experiment file's name
+    workdir: str | None = None
+    # steps between held-out evaluations, which also come at the end; None: at the end only
+    evaluate_every: Count | None = None
+    # steps between checkpoints; None: at the end only
+    checkpoint_every: Count | None = None
+    model: Model = Model()
+    data: Data = Data()
+    reference: Reference = Reference()
+    optimizer: Optimizer = Optimizer()
+    mesh: Mesh = Mesh()
+    samples: Samples = Samples()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+    profile: Profile = Profile()
+    task: Task = Task()
+
+    def __post_init__(self):
+        check_fields(self, "")
+
+    def replace(self, **changes: Any) -> "Experiment":
+        """A copy with these fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def loss_fields(function: Callable) -> dict[str, tuple[Any, Any]]:
+    """Keyword-only parameters of a loss: name -> (annotation, default or Parameter.empty).
+
+    An unannotated parameter is a float.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    if [p.kind for p in parameters][:3] != [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 3:
+        raise ValueError(
+            f"loss {function.__name__} must begin with (policy, reference, batch, *, ...), "
+            f"and it is {function.__name__}{inspect.signature(function)}"
+        )
+    hints = typing.get_type_hints(function, include_extras=True)
+    keyword = [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    return {p.name: (hints.get(p.name, float), p.default) for p in keyword}
+
+
+def check_fields(instance: Any, prefix: str) -> None:
+    """Checks type and range of every field of a dataclass and those within; ValueError names the field."""
+    hints = typing.get_type_hints(type(instance), include_extras=True)
+    for field in dataclasses.fields(instance):
+        value = getattr(instance, field.name)
+        if dataclasses.is_dataclass(value):
+            check_fields(value, f"{prefix}{field.name}.")
+        elif not isinstance(value, Loss):
+            check_value(value, hints[field.name], f"{prefix}{field.name}")
+
+
+def check_value(value: Any, annotation: Any, name: str) -> Any:
+    """The value, an int made a float where one is asked for; ValueError if type or range is wrong."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        value = check_value(value, arguments[0], name)
+        for constraint in arguments[1:]:
+            check_range(value, constraint, name)
+        return value
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, arguments))}")
+        return value
+    if origin in (typing.Union, getattr(typing, "UnionType", None)) or type(annotation).__name__ == "UnionType":
+        if value is None and type(None) in arguments:
+            return None
+        return check_value(value, next(a for a in arguments if a is not type(None)), name)
+    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if origin is not None and callable(value):
+        return value
+    wrong_bool = annotation is not bool and isinstance(value, bool)
+    if annotation in (int, float, str, bool) and (wrong_bool or not isinstance(value, annotation)):
+        raise ValueError(f"{name} is {value!r}; it must be of type {annotation.__name__}")
+    return value
+
+
+def check_range(value: Any, constraint: Any, name: str) -> None:
+    """Raises ValueError unless the number meets an annotated_types constraint (or list of such)."""
+    if isinstance(constraint, Interval):
+        for part in constraint:
+            check_range(value, part, name)
+        return
+    tests: dict[type, Callable] = {
+        Gt: lambda c: (value > c.gt, f"> {c.gt}"),
+        Ge: lambda c: (value >= c.ge, f">= {c.ge}"),
+        Lt: lambda c: (value < c.lt, f"< {c.lt}"),
+        Le: lambda c: (value <= c.le, f"<= {c.le}"),
+    }
+    test = tests.get(type(constraint))
+    if test is not None:
+        met, text = test(constraint)
+        if not met:
+            raise ValueError(f"{name} is {value!r}; it must be {text}")
+
+
+def nearest(name: str, names: Any) -> str:
+    """'; did you mean X?', or the list of all names where none is near."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; there are: {', '.join(map(repr, names)) or 'none'}"
