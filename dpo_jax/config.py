@@ -1,17 +1,19 @@
 """The frozen dataclasses of a run. Everything that a run does is one of these fields.
 
-This module imports no jax, so that `--help`, dry runs and launchers start at once. The command line,
-overrides, grids and JSON are in `flags.py`, which reads these definitions.
+This module imports no jax, so that `--help`, dry runs and launchers start at once. The command line
+and JSON are in `flags.py`, which reads these definitions.
 """
 
 import dataclasses
-import difflib
 import inspect
+import itertools
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Interval, Le, Lt
+from annotated_types import Ge, Gt, Interval
+
+from dpo_jax import checks
 
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
@@ -24,25 +26,27 @@ class Loss:
     """A loss function and its hyperparameters, whose fields come from the function's signature.
 
     `Loss(losses.dpo, beta=0.1)`. Raises ValueError for a name that the function does not take, a
-    missing one, a wrong type, or a value outside the range that the signature's annotation declares.
+    missing one, a wrong type, or a value outside the range that the signature's annotation states.
     """
 
     __slots__ = ("function", "hyperparameters")
     function: Callable
     hyperparameters: Mapping[str, float | int | bool | str | None]
 
-    def __init__(self, function: Callable, **hyperparameters: Any):
+    def __init__(self, function: Callable, /, **hyperparameters: Any):
         declared = loss_fields(function)
         where = f"loss {function.__name__}"
         for name in hyperparameters:
             if name not in declared:
-                raise ValueError(f"{where} has no hyperparameter {name!r}{nearest(name, declared)}")
+                near = checks.nearest(name, declared)
+                raise ValueError(f"{where} has no hyperparameter {name!r}{near}")
         resolved = {}
         for name, (annotation, default) in declared.items():
             value = hyperparameters.get(name, default)
             if value is inspect.Parameter.empty:
-                raise ValueError(f"{where} needs a value for {name!r}: Loss({function.__name__}, {name}=...)")
-            resolved[name] = check_value(value, annotation, f"loss.{name}")
+                call = f"Loss({function.__name__}, {name}=...)"
+                raise ValueError(f"{where} needs a value for {name!r}: {call}")
+            resolved[name] = checks.check_value(value, annotation, f"loss.{name}")
         object.__setattr__(self, "function", function)
         object.__setattr__(self, "hyperparameters", resolved)
 
@@ -68,8 +72,8 @@ class Loss:
 class Model:
     """Which weights the policy starts from, and how they are computed with."""
 
-    # a preset's name (random weights), a folder in HF format, a run folder, or builtin (the SFT model of the
-    # built-in task)
+    # a preset's name (random weights), a folder in HF format, a run folder, or builtin (the SFT
+    # model of the built-in task)
     source: str = "builtin"
     # compute type; None: bfloat16 on TPU and GPU, float32 on CPU. Parameters are float32
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -81,7 +85,8 @@ class Model:
 class Data:
     """Which rows are read, and how they become token ids."""
 
-    # builtin, a .jsonl/.jsonl.gz/.parquet file, a folder of a saved HF dataset, hf:NAME, or tfds:DIR
+    # builtin, a .jsonl, .jsonl.gz or .parquet file, a folder of a saved HF dataset, hf:NAME, or
+    # tfds:DIR
     source: str = "builtin"
     # split of an HF or TFDS source
     split: str = "train"
@@ -91,9 +96,10 @@ class Data:
     evaluation_split: str = "test"
     # examples set apart from the source for evaluation, where evaluation_source is None
     held_out: CountOrZero = 0
-    # the rows' form; None: recognised from the fields of the first row, an error where two forms fit
+    # the rows' form; None: recognised from the fields of the first row, an error where two fit
     form: Literal["pairs", "transcripts", "unpaired", "judged", "text"] | None = None
-    # what one training example is: chosen and rejected, one labelled completion (KTO), or one completion (SFT)
+    # what one training example is: chosen and rejected, one labelled completion (KTO), or one
+    # completion (SFT)
     examples: Literal["pairs", "unpaired", "sft"] = "pairs"
     # a folder, a tokenizer.json or a hub name; None: the one that lies beside the model
     tokenizer: str | None = None
@@ -107,11 +113,11 @@ class Data:
     max_length: Annotated[int, Ge(2)] = 512
     # most tokens of a prompt when it has to be cut; None: half of max_length
     max_prompt_length: Count | None = None
-    # a prompt and completion over max_length: keep the prompt's end and then the completion's start, drop the
-    # example and count it, or stop
+    # a prompt and completion over max_length: keep the prompt's end and then the completion's
+    # start, drop the example and count it, or stop
     over_length: Literal["cut", "drop", "error"] = "cut"
-    # a row that cannot be used (missing field, empty completion, chosen equal to rejected): stop, or drop
-    # the row and count it
+    # a row that cannot be used (missing field, empty completion, chosen equal to rejected): stop,
+    # or drop the row and count it
     bad_rows: Literal["error", "drop"] = "error"
     # share of the training labels that is flipped, drawn with seed (chosen and rejected swapped)
     label_noise: Fraction = 0.0
@@ -123,7 +129,8 @@ class Data:
 class Reference:
     """The reference model of the log-ratios."""
 
-    # initial (a copy of the policy as it starts), a preset, folder or run folder; None: a loss that has none
+    # initial (a copy of the policy as it starts), a preset, folder or run folder; None: a loss that
+    # has none
     source: str | None = "initial"
     # compute its log-probabilities once, keep them on disk, and hold no second set of parameters
     cached: bool = False
@@ -133,6 +140,7 @@ class Reference:
 class Optimizer:
     """What optax applies to the gradient."""
 
+    # which of optax's optimizers
     kind: Literal["adamw", "rmsprop", "adafactor"] = "adamw"
     # peak learning rate
     learning_rate: Positive = 1e-6
@@ -178,7 +186,8 @@ class Samples:
     top_k: Count | None = None
     # only the likeliest tokens that reach this probability together; None: all
     top_p: Annotated[float, Interval(gt=0, le=1)] | None = None
-    # ground-truth reward of (prompt, completion), a function of the experiment file; None: not computed
+    # ground-truth reward of (prompt, completion), a function of the experiment file; None: not
+    # computed
     reward: Callable[[str, str], float] | None = None
 
 
@@ -226,9 +235,11 @@ class Task:
     model: str = "reviews-5m"
     # reviews of the corpus
     reviews: Count = 40_000
-    # SFT: steps, examples a step and peak learning rate
+    # SFT steps
     sft_steps: Count = 1_500
+    # examples an SFT step
     sft_batch_size: Count = 64
+    # peak learning rate of SFT
     sft_learning_rate: Positive = 1e-3
     # prefixes from which preference pairs are made
     prefixes: Count = 5_000
@@ -246,6 +257,7 @@ class Task:
 class Experiment:
     """One run."""
 
+    # the loss's hyperparameters
     loss: Loss
     # optimizer steps
     steps: Count
@@ -263,15 +275,25 @@ class Experiment:
     evaluate_every: Count | None = None
     # steps between checkpoints; None: at the end only
     checkpoint_every: Count | None = None
+    # which weights the policy starts from, and how they are computed with
     model: Model = Model()
+    # which rows are read, and how they become token ids
     data: Data = Data()
+    # the reference model of the log-ratios
     reference: Reference = Reference()
+    # what optax applies to the gradient
     optimizer: Optimizer = Optimizer()
+    # how the devices are laid out; the product of the axes is the number of devices
     mesh: Mesh = Mesh()
+    # text sampled from the policy at each evaluation
     samples: Samples = Samples()
+    # which checkpoints are kept; the newest always is
     checkpoint: Checkpoint = Checkpoint()
+    # where metrics go beside metrics.jsonl, and a bar on the terminal
     log: Log = Log()
+    # a window of steps that the profiler traces into the run folder's profile/
     profile: Profile = Profile()
+    # the size of the built-in task; read where data.source or model.source is builtin
     task: Task = Task()
 
     def __post_init__(self):
@@ -287,6 +309,8 @@ def loss_fields(function: Callable) -> dict[str, tuple[Any, Any]]:
 
     An unannotated parameter is a float.
     """
+    if not hasattr(function, "__name__"):
+        raise ValueError(f"a loss must be a function with a name, and this is {function!r}")
     parameters = inspect.signature(function).parameters.values()
     if [p.kind for p in parameters][:3] != [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 3:
         raise ValueError(
@@ -298,65 +322,60 @@ def loss_fields(function: Callable) -> dict[str, tuple[Any, Any]]:
     return {p.name: (hints.get(p.name, float), p.default) for p in keyword}
 
 
-def check_fields(instance: Any, prefix: str) -> None:
-    """Checks type and range of every field of a dataclass and those within; ValueError names the field."""
+def check_fields(instance: Any, prefix: str = "") -> None:
+    """Checks type and range of every field of a dataclass and those within; ValueError names it."""
     hints = typing.get_type_hints(type(instance), include_extras=True)
     for field in dataclasses.fields(instance):
         value = getattr(instance, field.name)
+        checks.check_value(value, hints[field.name], f"{prefix}{field.name}")
         if dataclasses.is_dataclass(value):
             check_fields(value, f"{prefix}{field.name}.")
-        elif not isinstance(value, Loss):
-            check_value(value, hints[field.name], f"{prefix}{field.name}")
 
 
-def check_value(value: Any, annotation: Any, name: str) -> Any:
-    """The value, an int made a float where one is asked for; ValueError if type or range is wrong."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Annotated:
-        value = check_value(value, arguments[0], name)
-        for constraint in arguments[1:]:
-            check_range(value, constraint, name)
-        return value
-    if origin is Literal:
-        if value not in arguments:
-            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, arguments))}")
-        return value
-    if origin in (typing.Union, getattr(typing, "UnionType", None)) or type(annotation).__name__ == "UnionType":
-        if value is None and type(None) in arguments:
-            return None
-        return check_value(value, next(a for a in arguments if a is not type(None)), name)
-    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if origin is not None and callable(value):
-        return value
-    wrong_bool = annotation is not bool and isinstance(value, bool)
-    if annotation in (int, float, str, bool) and (wrong_bool or not isinstance(value, annotation)):
-        raise ValueError(f"{name} is {value!r}; it must be of type {annotation.__name__}")
-    return value
+def override(experiment: Experiment, changes: Mapping[str, Any]) -> Experiment:
+    """A copy with dotted fields changed: `override(experiment, {"loss.beta": 0.5, "seed": 1})`.
+
+    Raises ValueError for an unknown name (with the nearest), a wrong type or a value out of range.
+    """
+    known = flatten(experiment)
+    for name in changes:
+        if name not in known:
+            raise ValueError(f"there is no field {name!r}{checks.nearest(name, known)}")
+    sections: dict[str, dict[str, Any]] = {}
+    top: dict[str, Any] = {}
+    for name, value in changes.items():
+        section, _, field = name.rpartition(".")
+        (sections.setdefault(section, {}) if section else top)[field] = value
+    if "loss" in sections:
+        numbers = {**experiment.loss.hyperparameters, **sections.pop("loss")}
+        top["loss"] = Loss(experiment.loss.function, **numbers)
+    for section, fields in sections.items():
+        top[section] = dataclasses.replace(getattr(experiment, section), **fields)
+    return dataclasses.replace(experiment, **top)
 
 
-def check_range(value: Any, constraint: Any, name: str) -> None:
-    """Raises ValueError unless the number meets an annotated_types constraint (or list of such)."""
-    if isinstance(constraint, Interval):
-        for part in constraint:
-            check_range(value, part, name)
-        return
-    tests: dict[type, Callable] = {
-        Gt: lambda c: (value > c.gt, f"> {c.gt}"),
-        Ge: lambda c: (value >= c.ge, f">= {c.ge}"),
-        Lt: lambda c: (value < c.lt, f"< {c.lt}"),
-        Le: lambda c: (value <= c.le, f"<= {c.le}"),
-    }
-    test = tests.get(type(constraint))
-    if test is not None:
-        met, text = test(constraint)
-        if not met:
-            raise ValueError(f"{name} is {value!r}; it must be {text}")
+def flatten(experiment: Experiment) -> dict[str, Any]:
+    """Every field by its dotted name; the loss's function is not among them."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(experiment):
+        value = getattr(experiment, field.name)
+        if isinstance(value, Loss):
+            flat |= {f"loss.{name}": number for name, number in value.hyperparameters.items()}
+        elif dataclasses.is_dataclass(value):
+            for part in dataclasses.fields(value):
+                flat[f"{field.name}.{part.name}"] = getattr(value, part.name)
+        else:
+            flat[field.name] = value
+    return flat
 
 
-def nearest(name: str, names: Any) -> str:
-    """'; did you mean X?', or the list of all names where none is near."""
-    close = difflib.get_close_matches(name, list(names), n=1)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; there are: {', '.join(map(repr, names)) or 'none'}"
+def grid(choices: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """All combinations of the values: `grid({"loss.beta": [0.1, 0.5], "seed": [0, 1]})` has four.
+
+    Later names vary fastest. Raises ValueError where a name has no values.
+    """
+    for name, values in choices.items():
+        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            raise ValueError(f"grid: {name!r} is {values!r}; it must be a list, not empty")
+    points = itertools.product(*choices.values())
+    return [dict(zip(choices, point, strict=True)) for point in points]
