@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Makes .venv and installs what the project needs, once: bash scripts/setup.sh [test] [parity] [tpu] ...
+# The names are the extras of pyproject.toml. PYTHON=... picks another interpreter than python3.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+recent='import sys; sys.exit(sys.version_info < (3, 11))'
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+        if "$candidate" -c "$recent" 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "error: Python 3.11 or newer is needed, and ${PYTHON:-python3} is" \
+        "$("${PYTHON:-python3}" --version 2>&1 || echo missing);" \
+        "name a newer one: PYTHON=python3.12 bash $0" >&2
+    return 1
+}
+
+if [ ! -x .venv/bin/python ]; then
+    python=$(find_python)
+    echo "making .venv with $("$python" --version)" >&2
+    if ! "$python" -m venv .venv >&2 </dev/null; then
+        rm -rf .venv
+        echo "error: $python has no working venv module; on Debian and Ubuntu:" \
+            "apt install python3-venv" >&2
+        exit 1
+    fi
+elif ! .venv/bin/python -c "$recent"; then
+    echo "error: .venv holds $(.venv/bin/python --version), and Python 3.11 or newer is needed;" \
+        "remove the folder .venv and run this again" >&2
+    exit 1
+fi
+
+extra() { # the requirements of one extra, a line each
+    .venv/bin/python - "$1" <<'PYTHON'
+import sys
+import tomllib
+
+with open("pyproject.toml", "rb") as file:
+    extras = tomllib.load(file)["project"]["optional-dependencies"]
+if sys.argv[1] not in extras:
+    sys.exit(f"error: there is no extra {sys.argv[1]!r}; there are: {', '.join(extras)}")
+print(*extras[sys.argv[1]], sep="\n")
+PYTHON
+}
+
+install() { # pip install, quietly
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@" </dev/null >&2
+}
+
+# torch first: the other packages then take the versions that go with it
+wanted=()
+for name in "$@"; do
+    if [ "$name" = parity ]; then wanted=(parity "${wanted[@]}"); else wanted+=("$name"); fi
+done
+for name in "${wanted[@]}"; do
+    extra "$name" >/dev/null
+done
+for name in requirements "${wanted[@]}"; do
+    if [ "$name" = requirements ]; then list=$(cat requirements.txt); else list=$(extra "$name"); fi
+    digest=$(.venv/bin/python -c 'import hashlib, sys
+print(hashlib.sha256(sys.argv[1].encode()).hexdigest())' "$list")
+    stamp=".venv/installed-$name"
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$digest" ]; then continue; fi
+    if [ "$name" = requirements ] && [ "${wanted[0]:-}" = parity ]; then
+        mapfile -t first < <(extra parity)
+        install "${first[@]}"
+    fi
+    echo "installing into .venv: $name" >&2
+    printf '%s\n' "$list" >".venv/$name.txt"
+    install -r ".venv/$name.txt"
+    echo "$digest" >"$stamp"
+done

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Installs what the tests need into .venv and runs them: bash scripts/test.sh [--all] [pytest's arguments]
+# --all: also the slow tests and those against other implementations (which need torch).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+extras=(test)
+arguments=()
+for argument in "$@"; do
+    if [ "$argument" = --all ]; then
+        extras+=(parity)
+        arguments+=(-m "")
+    else
+        arguments+=("$argument")
+    fi
+done
+bash scripts/setup.sh "${extras[@]}"
+exec .venv/bin/python -m pytest "${arguments[@]}"
