@@ -148,7 +148,7 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         at: jax.Array | int = 0,
     ) -> Any:
-        """Hidden states [B, L, D] of tokens [B, L] after the final norm; given a cache, the new too.
+        """Hidden states [B, L, D] of tokens [B, L] after the final norm; with a cache, it too.
 
         The keys of the L tokens are written to the cache's slots from `at` (int32 scalar) on, and
         queries see the slots that their ids allow, wherever those lie.
