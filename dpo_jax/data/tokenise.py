@@ -1,0 +1,280 @@
+"""A source of rows -> token ids, computed once and kept under a hash of all that they depend on.
+
+Dimensions: T tokens, N examples, C completions of each.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from dpo_jax import config, paths
+from dpo_jax.data import encode, formats, labels, sources, tokenizer
+from dpo_jax.data.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = [
+    "Tokenised",
+    "Tokenizer",
+    "describe",
+    "load",
+    "load_pairs_for_evaluation",
+    "load_tokenizer",
+]
+
+# of the files' layout and of the rules by which a row gets its ids: raise it when one changes
+VERSION = 1
+
+# the fields of config.Data that decide, beside source and tokenizer, what is written
+FIELDS = (
+    "form",
+    "held_out",
+    "max_length",
+    "max_prompt_length",
+    "over_length",
+    "bad_rows",
+    "label_noise",
+    "seed",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenised:
+    """Examples as token ids. Completions are numbered in the sorted order of their names."""
+
+    names: tuple[str, ...]
+    # int32 [T], every prompt and completion once, end to end
+    tokens: np.ndarray
+    # int64 [N, 2], start and stop in tokens
+    prompts: np.ndarray
+    # int64 [N, C, 2]; a mismatched completion is a span within another example's
+    completions: np.ndarray
+    # float32 [N] each: desirable, 1 or 0 (kind unpaired)
+    columns: dict[str, np.ndarray]
+    # content hash of all of the above
+    fingerprint: str
+    # rows, examples, drops and truncations by reason. Drops for a row's form count rows, those for
+    # length count examples, of which kind unpaired makes two from a pair
+    report: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """The examples of one side, training or held out, and what is known of them so far."""
+
+    examples: list[formats.Example]
+    report: dict[str, int]
+    label_noise: float
+
+
+def load(data: config.Data, tokenizer: Tokenizer, kind: str) -> tuple[Tokenised, Tokenised | None]:
+    """The training and the held-out examples (None where none are asked for), tokenised once.
+
+    kind is pairs (completions chosen, rejected), unpaired (completion, mismatched, and column
+    desirable) or sft (completion). ValueError for data that cannot be used, naming file and line,
+    field, value and cure.
+    """
+    if data.label_noise and kind == "sft":
+        raise ValueError(
+            f"data.label_noise is {data.label_noise}, and examples of kind sft have no label to "
+            "flip; set it to 0"
+        )
+    names = ["train", "held_out"] if wants_held_out(data) else ["train"]
+    train, *held_out = through_cache(
+        data, tokenizer, kind, names, lambda: list(sides(data, kind).values())
+    )
+    return train, held_out[0] if held_out else None
+
+
+def load_pairs_for_evaluation(data: config.Data, tokenizer: Tokenizer) -> Tokenised | None:
+    """The held-out rows of load as pairs, whatever its kind; None where there are none.
+
+    A run on unpaired examples measures preference accuracy on them.
+    """
+    if not wants_held_out(data):
+        return None
+    source, split = (data.evaluation_source, data.evaluation_split)
+    if source is None:
+        source, split = data.source, data.split
+    if formats.form_of(sources.read(source, split), data) not in formats.PAIRED:
+        return None
+    held_out = through_cache(
+        data, tokenizer, "pairs", ["pairs"], lambda: [sides(data, "pairs")["held_out"]]
+    )
+    return held_out[0]
+
+
+def describe(report: dict[str, int]) -> str:
+    """A report in one line."""
+    parts = [f"{report['rows']} rows gave {report['examples']} examples"]
+    for verb in ("dropped", "cut", "flipped"):
+        counts = [
+            f"{count} {name.removeprefix(verb).strip()}"
+            for name, count in report.items()
+            if name.startswith(verb) and count
+        ]
+        if counts:
+            parts.append(f"{verb} {', '.join(counts)}")
+    return "; ".join(parts)
+
+
+def wants_held_out(data: config.Data) -> bool:
+    """Whether the config asks for held-out examples; ValueError where it asks for them twice."""
+    if data.evaluation_source is not None and data.held_out:
+        raise ValueError(
+            f"data.held_out is {data.held_out} and data.evaluation_source is "
+            f"{data.evaluation_source!r}; "
+            "held-out examples come from one of them: set data.held_out to 0 or leave out the other"
+        )
+    return data.evaluation_source is not None or data.held_out > 0
+
+
+def sides(data: config.Data, kind: str) -> dict[str, Side]:
+    """The examples of each side that the config asks for, not yet tokenised."""
+    rows = sources.read(data.source, data.split)
+    found, drops = formats.examples(rows, data, kind)
+    report = {"rows": len(rows), **{f"dropped {name}": count for name, count in drops.items()}}
+    check_some(found, report, data.source)
+    if data.evaluation_source is not None:
+        other = sources.read(data.evaluation_source, data.evaluation_split)
+        held, held_drops = formats.examples(other, data, kind)
+        held_report = {"rows": len(other), **{f"dropped {k}": n for k, n in held_drops.items()}}
+        check_some(held, held_report, data.evaluation_source)
+    elif data.held_out:
+        found, held = labels.split(found, data.held_out, data.seed)
+        report["rows"] -= data.held_out
+        held_report = {"rows": data.held_out}
+    else:
+        return {"train": Side(found, report, data.label_noise)}
+    return {
+        "train": Side(found, report, data.label_noise),
+        "held_out": Side(held, held_report, 0.0),
+    }
+
+
+def tokenise(side: Side, data: config.Data, words: Tokenizer, kind: str) -> Tokenised:
+    """The token ids of one side, with mismatched completions and label noise."""
+    counts = collections.Counter(side.report)
+    kept = encode.encode(side.examples, words, data, counts)
+    where = side.examples[0].where
+    check_some(kept, counts, f"{where} and after")
+    counts["examples"] = len(kept)
+    names = tuple(sorted(kept[0].completions))
+    tokens, prompts, completions = lay_out(kept, names)
+    columns = {}
+    if kind == "unpaired":
+        columns["desirable"] = np.array([one.example.desirable for one in kept], np.float32)
+        texts = [json.dumps(one.example.prompt) for one in kept]
+        mismatched = completions[labels.mismatch(texts, data.seed), 0]
+        room = data.max_length - (prompts[:, 1] - prompts[:, 0])
+        stops = np.minimum(mismatched[:, 1], mismatched[:, 0] + room)
+        counts["cut mismatched"] = int((stops < mismatched[:, 1]).sum())
+        mismatched = np.stack([mismatched[:, 0], stops], axis=1)
+        completions = np.stack([completions[:, 0], mismatched], axis=1)
+        names = ("completion", "mismatched")
+    if side.label_noise:
+        flipped = labels.flips(len(kept), side.label_noise, data.seed)
+        counts["flipped labels"] = int(flipped.sum())
+        if kind == "unpaired":
+            columns["desirable"] = np.where(flipped, 1 - columns["desirable"], columns["desirable"])
+        else:
+            completions = np.where(flipped[:, None, None], completions[:, ::-1], completions)
+    spans = {"prompts": prompts, "completions": completions}
+    fingerprint = content_hash(names, {"tokens": tokens, **spans, **columns})
+    return Tokenised(
+        names, tokens, **spans, columns=columns, fingerprint=fingerprint, report=dict(counts)
+    )
+
+
+def lay_out(
+    kept: list[encode.Encoded], names: tuple[str, ...]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens [T] end to end, and the spans of prompts [N, 2] and completions [N, C, 2] in them."""
+    parts = [part for one in kept for part in (one.prompt, *(one.completions[n] for n in names))]
+    stops = np.cumsum([len(part) for part in parts], dtype=np.int64)
+    starts = np.concatenate([np.zeros(1, np.int64), stops[:-1]])
+    spans = np.stack([starts, stops], axis=1).reshape(len(kept), 1 + len(names), 2)
+    return np.concatenate(parts), spans[:, 0].copy(), spans[:, 1:].copy()
+
+
+def check_some(found: list[Any], report: dict[str, int], source: str) -> None:
+    """Raises ValueError where no example is left."""
+    if not found:
+        raise ValueError(f"{source}: no example is left; {describe({**report, 'examples': 0})}")
+
+
+def content_hash(names: tuple[str, ...], arrays: dict[str, np.ndarray]) -> str:
+    """A hash of names and arrays."""
+    digest = hashlib.sha256(json.dumps(names).encode())
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def through_cache(
+    data: config.Data,
+    words: tokenizer.Tokenizer,
+    kind: str,
+    names: list[str],
+    make_sides: Callable[[], list[Side]],
+) -> list[Tokenised]:
+    """What the cache holds under these names, or else what the sides give, which is then kept."""
+    folder = paths.join(paths.cache_folder(), "tokenised", cache_key(data, words, kind))
+    files = [paths.join(folder, f"{name}.npz") for name in names]
+    cached = [unpack(file) for file in files]
+    found = [one for one in cached if one is not None]
+    if len(found) == len(files):
+        return found
+    made = [tokenise(side, data, words, kind) for side in make_sides()]
+    for file, one in zip(files, made, strict=True):
+        paths.write_bytes(file, packed(one))
+    return made
+
+
+def cache_key(data: config.Data, words: tokenizer.Tokenizer, kind: str) -> str:
+    """A hash of all that the token ids depend on."""
+    content = {
+        "version": VERSION,
+        "kind": kind,
+        "tokenizer": words.fingerprint,
+        "source": sources.fingerprint(data.source, data.split),
+        **{name: getattr(data, name) for name in FIELDS},
+    }
+    if data.evaluation_source is not None:
+        content["held out"] = sources.fingerprint(data.evaluation_source, data.evaluation_split)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def packed(one: Tokenised) -> bytes:
+    """The bytes of a file that holds it all."""
+    header = {"names": one.names, "fingerprint": one.fingerprint, "report": one.report}
+    arrays = {name: getattr(one, name) for name in ("tokens", "prompts", "completions")}
+    file = io.BytesIO()
+    arrays = {"header": np.array(json.dumps(header)), **arrays, **one.columns}
+    np.savez(file, allow_pickle=False, **arrays)
+    return file.getvalue()
+
+
+def unpack(path: str) -> Tokenised | None:
+    """What a file holds; None where there is none, or it is not what was written."""
+    if not paths.exists(path):
+        return None
+    try:
+        with np.load(io.BytesIO(paths.read_bytes(path)), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        header = json.loads(str(arrays.pop("header")))
+        names = tuple(header["names"])
+        if content_hash(names, arrays) != header["fingerprint"]:
+            return None
+        main = {name: arrays.pop(name) for name in ("tokens", "prompts", "completions")}
+        rest = {"fingerprint": header["fingerprint"], "report": header["report"]}
+        return Tokenised(names, **main, columns=arrays, **rest)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None

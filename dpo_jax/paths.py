@@ -1,0 +1,130 @@
+"""Files of a local folder, gs://, or another file system that fsspec knows, read and written alike.
+
+A path is a string. Every function raises ValueError where the file system's package is not
+installed, and the usual OSError (FileNotFoundError, ...) where the file system itself says no.
+"""
+
+import contextlib
+import os
+import shutil
+import uuid
+from typing import IO, Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}
+
+
+def cache_folder() -> str:
+    """The folder of everything that can be computed again: $DPO_JAX_CACHE, or ~/.cache/dpo_jax."""
+    return os.environ.get("DPO_JAX_CACHE") or os.path.expanduser("~/.cache/dpo_jax")
+
+
+def join(folder: str, *names: str) -> str:
+    """The path of a name within a folder."""
+    if is_local(folder):
+        return os.path.join(folder, *names)
+    return "/".join([folder.rstrip("/"), *(name.strip("/") for name in names)])
+
+
+def is_local(path: str) -> bool:
+    """Whether the path is one of this machine's own files."""
+    return "://" not in path or path.startswith(("file://", "local://"))
+
+
+def exists(path: str) -> bool:
+    """Whether a file or folder is there."""
+    system, name = locate(path)
+    return system.exists(name)
+
+
+def is_folder(path: str) -> bool:
+    """Whether a folder is there."""
+    system, name = locate(path)
+    return system.isdir(name)
+
+
+def open(path: str, mode: str = "rb") -> IO[Any]:
+    """An open file, as the built-in open gives it; text is UTF-8. Not atomic: see write_bytes."""
+    system, name = locate(path)
+    file: Any = system.open(name, mode, **({} if "b" in mode else {"encoding": "utf-8"}))
+    return file
+
+
+def read_bytes(path: str) -> bytes:
+    """The content of a file."""
+    system, name = locate(path)
+    content: Any = system.cat_file(name)
+    return content
+
+
+def read_text(path: str) -> str:
+    """The content of a UTF-8 file."""
+    return read_bytes(path).decode("utf-8")
+
+
+def write_bytes(path: str, content: bytes) -> None:
+    """Writes a file and the folders above it; a reader sees old or new content, never a part."""
+    system, name = locate(path)
+    if not isinstance(system, LocalFileSystem):
+        # object stores publish an object only once it is complete
+        system.pipe_file(name, content)
+        return
+    os.makedirs(os.path.dirname(name), exist_ok=True)
+    temporary = f"{name}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+        os.replace(temporary, name)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+        raise
+
+
+def write_text(path: str, content: str) -> None:
+    """Writes a UTF-8 file as write_bytes does."""
+    write_bytes(path, content.encode("utf-8"))
+
+
+def listing(pattern: str) -> list[str]:
+    """The sorted paths that match a pattern such as folder/*.jsonl."""
+    system, name = locate(pattern)
+    found = sorted(str(path) for path in system.glob(name))
+    if isinstance(system, LocalFileSystem):
+        return found
+    return [system.unstrip_protocol(path) for path in found]
+
+
+def make_folder(path: str) -> None:
+    """Makes a folder and those above it; one that is there is left as it is."""
+    system, name = locate(path)
+    system.makedirs(name, exist_ok=True)
+
+
+def remove(path: str) -> None:
+    """Removes a file, or a folder with all that is in it; nothing happens where there is none."""
+    system, name = locate(path)
+    if isinstance(system, LocalFileSystem):
+        if os.path.isdir(name) and not os.path.islink(name):
+            shutil.rmtree(name)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(name)
+    elif system.exists(name):
+        system.rm(name, recursive=True)
+
+
+def locate(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a path, and the path's name within it."""
+    try:
+        system, name = fsspec.core.url_to_fs(os.path.expanduser(path) if is_local(path) else path)
+    except ImportError as error:
+        protocol = path.split("://")[0]
+        package = PACKAGES.get(protocol, protocol)
+        raise ValueError(
+            f"{path}: paths that start with {protocol}:// need the package {package}, which is not "
+            f"installed: pip install {package}"
+        ) from error
+    return system, name
