@@ -49,29 +49,20 @@ PYTHON
 }
 
 install() { # pip install, quietly
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@" </dev/null >&2
+    .venv/bin/python -m pip install -qq --disable-pip-version-check "$@" </dev/null >&2
 }
 
 # torch first: the other packages then take the versions that go with it
-wanted=()
+names="requirements"
 for name in "$@"; do
-    if [ "$name" = parity ]; then wanted=(parity "${wanted[@]}"); else wanted+=("$name"); fi
+    if [ "$name" = parity ]; then names="parity $names"; else names="$names $name"; fi
 done
-for name in "${wanted[@]}"; do
-    extra "$name" >/dev/null
-done
-for name in requirements "${wanted[@]}"; do
+for name in $names; do
     if [ "$name" = requirements ]; then list=$(cat requirements.txt); else list=$(extra "$name"); fi
-    digest=$(.venv/bin/python -c 'import hashlib, sys
-print(hashlib.sha256(sys.argv[1].encode()).hexdigest())' "$list")
-    stamp=".venv/installed-$name"
-    if [ "$(cat "$stamp" 2>/dev/null)" = "$digest" ]; then continue; fi
-    if [ "$name" = requirements ] && [ "${wanted[0]:-}" = parity ]; then
-        mapfile -t first < <(extra parity)
-        install "${first[@]}"
-    fi
+    stamp=".venv/installed-$name.txt" # what was installed last time
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$list" ]; then continue; fi
     echo "installing into .venv: $name" >&2
     printf '%s\n' "$list" >".venv/$name.txt"
     install -r ".venv/$name.txt"
-    echo "$digest" >"$stamp"
+    mv ".venv/$name.txt" "$stamp"
 done

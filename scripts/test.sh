@@ -4,15 +4,16 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-extras=(test)
+extras="test"
 arguments=()
 for argument in "$@"; do
     if [ "$argument" = --all ]; then
-        extras+=(parity)
+        extras="parity test"
         arguments+=(-m "")
     else
         arguments+=("$argument")
     fi
 done
-bash scripts/setup.sh "${extras[@]}"
-exec .venv/bin/python -m pytest "${arguments[@]}"
+# shellcheck disable=SC2086
+bash scripts/setup.sh $extras
+exec .venv/bin/python -m pytest ${arguments[@]+"${arguments[@]}"}

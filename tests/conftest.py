@@ -1,4 +1,4 @@
-"""What every test shares: CPU devices, strict numerics, a cache of its own, the folder of real data."""
+"""What every test shares: CPU devices, strict numerics, its own cache, real data."""
 
 import os
 from collections.abc import Iterator
