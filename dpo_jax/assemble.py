@@ -1,0 +1,212 @@
+"""A config and its inputs to what the train loop needs: placed parameters, jitted functions, laid-out data."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dpo_jax import (
+    config,
+    contract,
+    evaluate,
+    initial,
+    inputs,
+    logps,
+    optimizer,
+    reference,
+    sharding,
+    train_step,
+)
+from dpo_jax.data import pack, tokenise, tokenizer
+from dpo_jax.model import decoder
+
+
+class Run(NamedTuple):
+    """What the train loop needs."""
+
+    experiment: config.Experiment
+    mesh: jax.sharding.Mesh
+    tokenizer: tokenizer.Tokenizer
+    model: decoder.Decoder
+    train: evaluate.HeldOut
+    held_out: evaluate.HeldOut | None
+    # the held-out rows as pairs, where the run trains on unpaired halves
+    held_out_pairs: evaluate.HeldOut | None
+    # (state, reference, batch, numbers) -> (state, metrics), jitted
+    step: Callable
+    # (params, reference, batch, numbers) -> Sums, jitted: of the loss, and of the rewards of pairs
+    evaluate: Callable
+    evaluate_pairs: Callable
+    sampler: evaluate.Sampler | None
+    # parameters of a live reference; None where it is cached or absent
+    reference: Any
+    # on the host: the initial policy, which samples are compared with; None where nothing is sampled
+    initial_params: Any
+    # the loss's floats and the learning rate, as the step takes them
+    numbers: dict
+
+
+def assemble(
+    experiment: config.Experiment, mesh: jax.sharding.Mesh
+) -> tuple[Run, train_step.TrainState]:
+    """Reads and checks the inputs, places model and reference; nothing but a cached reference is computed yet."""
+    found = inputs.load(experiment, mesh)
+    print(tokenise.describe(found.train.report))
+    params = found.initial.params
+    score = functools.partial(logps.score, found.initial.model)
+    tx = optimizer.make(experiment.optimizer)
+    schedule = optimizer.make_schedule(experiment.optimizer, experiment.steps)
+    anchor = load_reference(experiment, found, mesh)
+    sets = lay_out(experiment, found, mesh, anchor)
+    scoring = make_scoring(experiment, score)
+    sampler = make_sampler(experiment, found, mesh, score)
+    initial_params = jax.device_get(params) if sampler is not None else None
+    if anchor is not None and experiment.reference.cached:
+        anchor = None
+    elif anchor is params:
+        # the step donates the policy's buffers, and the reference outlives them
+        anchor = jax.tree.map(jnp.copy, params)
+    state, shardings = make_state(params, tx, mesh)
+    step = train_step.make_train_step(scoring, tx, schedule, accumulation(experiment))
+    run = Run(
+        experiment=experiment,
+        mesh=mesh,
+        tokenizer=found.tokenizer,
+        model=found.initial.model,
+        train=sets[0],
+        held_out=sets[1],
+        held_out_pairs=sets[2],
+        step=jax.jit(step, out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0),
+        evaluate=jax.jit(functools.partial(train_step.evaluate, scoring)),
+        evaluate_pairs=jax.jit(
+            functools.partial(train_step.evaluate, scoring._replace(loss=evaluate.pair_rewards))
+        ),
+        sampler=sampler,
+        reference=anchor,
+        initial_params=initial_params,
+        numbers={
+            "loss": floats(experiment.loss),
+            "learning_rate": jnp.float32(experiment.optimizer.learning_rate),
+        },
+    )
+    return run, state
+
+
+def load_reference(experiment: config.Experiment, found: inputs.Inputs, mesh):
+    """Parameters of the reference on the mesh, the policy's own where it is the initial policy; None without one."""
+    source = experiment.reference.source
+    if source is None:
+        return None
+    if is_initial(experiment):
+        return found.initial.params
+    loaded = initial.load(source, experiment.model, experiment.seed, mesh)
+    if loaded.model.config.vocabulary_size != found.initial.model.config.vocabulary_size:
+        raise ValueError(
+            f"reference.source {source} has a vocabulary of {loaded.model.config.vocabulary_size} and the policy "
+            f"{experiment.model.source} one of {found.initial.model.config.vocabulary_size}: they must share a tokenizer"
+        )
+    if loaded.model.config != found.initial.model.config:
+        raise ValueError(
+            f"reference.source {source} has another shape than the policy {experiment.model.source}; both are scored "
+            "by one function, so they must agree"
+        )
+    return loaded.params
+
+
+def is_initial(experiment: config.Experiment) -> bool:
+    """Whether the reference has the weights that the policy starts with."""
+    return experiment.reference.source in ("initial", experiment.model.source)
+
+
+def lay_out(
+    experiment: config.Experiment, found: inputs.Inputs, mesh, anchor
+) -> list[evaluate.HeldOut | None]:
+    """Training, held-out and held-out pairs' data, each with its plan and, where it is cached, its reference."""
+    cached = experiment.reference.cached and anchor is not None
+    params_hash = reference.fingerprint(anchor) if cached else ""
+    shards = sharding.batch_shards(mesh)
+
+    def one(data: tokenise.Tokenised | None, parts: int) -> evaluate.HeldOut | None:
+        if data is None:
+            return None
+        plan = pack.plan(data, experiment.batch_size, parts, experiment.seed)
+        model = found.initial.model
+        table = (
+            reference.load_table(model, anchor, params_hash, data, plan, mesh) if cached else None
+        )
+        return evaluate.HeldOut(data, plan, table)
+
+    microbatched = shards * experiment.microbatches
+    return [
+        one(found.train, microbatched),
+        one(found.held_out, shards),
+        one(found.held_out_pairs, shards),
+    ]
+
+
+def make_scoring(experiment: config.Experiment, score: Callable) -> train_step.Scoring:
+    """Policy, reference and loss as functions of a batch."""
+    loss = experiment.loss
+    statics = {
+        name: value for name, value in loss.hyperparameters.items() if not isinstance(value, float)
+    }
+    if experiment.reference.source is None:
+        score_reference = reference.none
+    elif experiment.reference.cached:
+        score_reference = reference.cached
+    else:
+        score_reference = functools.partial(reference.live, score)
+    return train_step.Scoring(score, score_reference, functools.partial(loss.function, **statics))
+
+
+def floats(loss: config.Loss) -> dict[str, jax.Array]:
+    """The hyperparameters that the step takes as traced numbers."""
+    return {
+        name: jnp.float32(value)
+        for name, value in loss.hyperparameters.items()
+        if isinstance(value, float)
+    }
+
+
+def accumulation(experiment: config.Experiment) -> Callable:
+    """How the gradient of a step comes about from its microbatches."""
+    if experiment.microbatches == 1:
+        return train_step.whole
+    if (
+        experiment.statistics == "global"
+        and contract.needs(experiment.loss.function).batch_statistics
+    ):
+        return train_step.make_two_pass(experiment.microbatches)
+    return train_step.make_microbatched(experiment.microbatches)
+
+
+def make_state(params, tx: optax.GradientTransformation, mesh) -> tuple[train_step.TrainState, Any]:
+    """The state before the first update, and its shardings: moments lie where their parameters do."""
+    placed = sharding.parameters(params, mesh)
+    abstract = jax.eval_shape(tx.init, params)
+    moments = sharding.like_parameters(abstract, params, placed, mesh)
+    opt_state = jax.jit(tx.init, out_shardings=moments)(params)
+    step = jax.device_put(jnp.int32(0), sharding.replicated(mesh))
+    shardings = train_step.TrainState(sharding.replicated(mesh), placed, moments)
+    return train_step.TrainState(step, params, opt_state), shardings
+
+
+def make_sampler(
+    experiment: config.Experiment, found: inputs.Inputs, mesh, score
+) -> evaluate.Sampler | None:
+    """What held-out sampling needs; None where samples.count is 0."""
+    if not experiment.samples.count or found.held_out is None:
+        return None
+    prompts = evaluate.prompts(found.held_out, experiment.samples.count)
+    return evaluate.Sampler(
+        found.initial.model,
+        found.tokenizer,
+        prompts,
+        experiment.samples,
+        mesh,
+        experiment.batch_size,
+        jax.jit(score),
+    )

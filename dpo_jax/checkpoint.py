@@ -1,0 +1,71 @@
+"""Orbax checkpoints of a run: the newest and the best are kept, and parameters can be loaded alone.
+
+All of Orbax that the project uses is in this module, since its names still move. The position in the data is the step.
+"""
+
+import jax
+import orbax.checkpoint.experimental.v1 as ocp
+
+from dpo_jax import config, paths
+
+
+def make_checkpointer(folder: str, settings: config.Checkpoint) -> ocp.training.Checkpointer:
+    """Saves to and restores from folder/checkpoints; half-written checkpoints are never seen."""
+    policies = ocp.training.preservation_policies
+    kept = [policies.LatestN(settings.keep)]
+    if settings.keep_best:
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics[settings.metric],
+            reverse=settings.best == "smallest",
+            n=settings.keep_best,
+            keep_checkpoints_without_metrics=False,
+        )
+        kept.append(best)
+    return ocp.training.Checkpointer(
+        paths.join(folder, "checkpoints"),
+        preservation_policy=policies.AnyPreservationPolicy(kept),
+        # when to save is the train loop's to say
+        save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+        cleanup_tmp_directories=True,
+    )
+
+
+def save(
+    checkpointer: ocp.training.Checkpointer, step: int, items: dict, metrics: dict[str, float]
+) -> None:
+    """Saves trees by name (`params` by itself, so that it can be loaded alone); returns when they are on disk."""
+    checkpointer.save_checkpointables(step, items, metrics=metrics or None, overwrite=True)
+
+
+def latest_step(checkpointer: ocp.training.Checkpointer) -> int | None:
+    """Step of the newest finished checkpoint."""
+    latest = checkpointer.latest
+    return None if latest is None else latest.step
+
+
+def restore(checkpointer: ocp.training.Checkpointer, step: int, abstract: dict) -> dict:
+    """The trees of a step, in the shapes, types and shardings of `abstract` (ShapeDtypeStruct leaves)."""
+    try:
+        return checkpointer.load_checkpointables(step, abstract)
+    except Exception as error:
+        raise ValueError(
+            f"checkpoint {step} of {checkpointer.directory} does not fit this run: {error.__cause__ or error}"
+        ) from error
+
+
+def load_params(folder: str, abstract) -> tuple[int, dict]:
+    """Step and parameters of a run folder's newest checkpoint, on the devices that `abstract` says."""
+    with ocp.training.Checkpointer(
+        paths.join(folder, "checkpoints"), lightweight_initialize=True
+    ) as checkpointer:
+        step = latest_step(checkpointer)
+        if step is None:
+            raise ValueError(f"{folder} has no finished checkpoint: let the run save one first")
+        return step, restore(checkpointer, step, {"params": abstract})["params"]
+
+
+def abstract(tree):
+    """Shapes, types and shardings of a tree's arrays, for `restore`."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree
+    )

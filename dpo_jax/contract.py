@@ -1,0 +1,158 @@
+"""What a loss declares, and the check that it keeps its contract before a step is compiled.
+
+Dimensions: N examples.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax import logps
+
+
+class Needs(NamedTuple):
+    """What a loss asks of the train step beyond summed log-probabilities."""
+
+    # an example's loss depends on other examples of the batch (KTO's KL)
+    batch_statistics: bool = False
+
+
+def declare(*, batch_statistics: bool = False) -> Callable[[Callable], Callable]:
+    """Marks a loss with what it needs."""
+
+    def mark(loss: Callable) -> Callable:
+        setattr(loss, "needs", Needs(batch_statistics))  # noqa: B010
+        return loss
+
+    return mark
+
+
+def needs(loss: Callable) -> Needs:
+    """What the loss declared; nothing where it declared nothing."""
+    return getattr(loss, "needs", Needs())
+
+
+class _Completions(dict):
+    """Completions by name, that names the cure when a loss asks for one that the data do not give."""
+
+    def __init__(self, values: Mapping, loss: str):
+        super().__init__(values)
+        self.loss = loss
+
+    def __missing__(self, name: str):
+        raise ValueError(
+            f"loss {self.loss} reads the completion {name!r}, and the data give {', '.join(sorted(self))}: "
+            "set --data.examples to pairs (chosen, rejected), unpaired (completion, mismatched) or sft (completion)"
+        )
+
+
+class _Batch(dict):
+    def __init__(self, values: Mapping, loss: str):
+        super().__init__(values)
+        self.loss = loss
+
+    def __missing__(self, name: str):
+        raise ValueError(
+            f"loss {self.loss} reads batch[{name!r}], and the batch has {', '.join(sorted(self))}"
+            + (": --data.examples unpaired gives 'desirable'" if name == "desirable" else "")
+        )
+
+
+class _NoReference(_Completions):
+    """Stands for the reference while it is found out whether a loss reads it."""
+
+    read = False
+
+    def __getitem__(self, name: str):
+        self.read = True
+        return super().__getitem__(name)
+
+
+def check(
+    loss: Callable,
+    hyperparameters: Mapping[str, Any],
+    names: Sequence[str],
+    columns: Sequence[str],
+    has_reference: bool,
+) -> None:
+    """Runs the loss on four made-up examples; ValueError says which part of the contract it breaks.
+
+    The parts: it reads only completions and columns that the data give; it reads a reference if and only if there
+    is one; it returns losses [N] and metrics [N], finite; examples do not meet unless `declare` said so.
+    """
+    loss_of = functools.partial(loss, **hyperparameters)
+    title = loss.__name__
+    policy, reference, batch = _examples(names, columns, title, scale=1.0)
+    losses, metrics = loss_of(policy, reference, batch)
+    if reference.read and not has_reference:
+        raise ValueError(
+            f"loss {title} reads the reference, and reference.source is None: give --reference.source"
+        )
+    if not reference.read and has_reference:
+        raise ValueError(
+            f"loss {title} reads no reference: set --reference.source None, so that none is held"
+        )
+    for what, value in {"losses": losses, **{f"metric {k}": v for k, v in metrics.items()}}.items():
+        if jnp.shape(value) != (4,):
+            raise ValueError(
+                f"loss {title} returned {what} of shape {jnp.shape(value)}; one number an example: [N]"
+            )
+    if not np.all(np.isfinite(losses)):
+        raise ValueError(
+            f"loss {title} is {losses} on log-probabilities near -5: it must be finite"
+        )
+    if not needs(loss).batch_statistics and _examples_meet(loss_of, names, columns, title):
+        raise ValueError(
+            f"in loss {title} an example's loss changes with other examples: decorate it with "
+            "@contract.declare(batch_statistics=True), so that accumulation treats it right"
+        )
+
+
+def _examples(
+    names: Sequence[str], columns: Sequence[str], title: str, scale: float, seed: int = 0
+):
+    generator = np.random.default_rng(seed)
+
+    def completions():
+        totals = {name: -5.0 - scale * generator.random(4, np.float32) for name in names}
+        return {
+            n: logps.Logps(jnp.asarray(t), jnp.array([3, 4, 5, 6], jnp.int32))
+            for n, t in totals.items()
+        }
+
+    extras = {name: jnp.array([1.0, 0.0, 1.0, 0.0]) for name in columns}
+    batch = _Batch({"weight": jnp.ones(4), **extras}, title)
+    return _Completions(completions(), title), _NoReference(completions(), title), batch
+
+
+def _examples_meet(
+    loss_of: Callable, names: Sequence[str], columns: Sequence[str], title: str
+) -> bool:
+    """Whether moving the last example's log-probabilities changes the loss of another."""
+    for seed in range(8):
+        policy, reference, batch = _examples(names, columns, title, 5.0, seed)
+        before, _ = loss_of(policy, reference, batch)
+        moved = {
+            n: l._replace(total=l.total.at[3].add(10.0 * (-1) ** seed)) for n, l in policy.items()
+        }
+        after, _ = loss_of(_Completions(moved, title), reference, batch)
+        if not np.array_equal(np.asarray(before)[:3], np.asarray(after)[:3]):
+            return True
+    return False
+
+
+def weighted_sums(
+    losses: jax.Array, metrics: Mapping[str, jax.Array], weight: jax.Array
+) -> dict[str, jax.Array]:
+    """Sum and weight [2] of the loss and of each metric over the examples; nan in a metric: does not apply."""
+
+    def one(values: jax.Array) -> jax.Array:
+        applies = jnp.where(jnp.isnan(values), 0.0, weight)
+        return jnp.stack([jnp.sum(jnp.where(applies > 0, values, 0.0) * applies), jnp.sum(applies)])
+
+    loss = jnp.stack([jnp.sum(jnp.where(weight > 0, losses, 0.0) * weight), jnp.sum(weight)])
+    return {"loss": loss, **{name: one(values) for name, values in metrics.items()}}

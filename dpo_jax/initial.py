@@ -1,0 +1,67 @@
+"""The model that a run starts from: a preset, a folder in HF format, or a run folder."""
+
+import dataclasses
+import functools
+import json
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax import checkpoint, config, paths, sharding
+from dpo_jax.model import config as model_config
+from dpo_jax.model import decoder, weights
+
+# files of a run folder that make it a model's folder too
+MODEL, TOKENIZER = "model.json", "tokenizer"
+
+
+class Initial(NamedTuple):
+    """A model before the first step."""
+
+    model: decoder.Decoder
+    # float32, on the mesh
+    params: dict
+    # where its tokenizer lies; None for a preset
+    tokenizer: str | None
+
+
+def load(source: str, settings: config.Model, seed: int, mesh) -> Initial:
+    """The model of a source, its parameters on the mesh; ValueError says what a source may be."""
+    if source in model_config.PRESETS:
+        shape = model_config.PRESETS[source]
+        placed = sharding.parameters(decoder_shapes(shape), mesh)
+        make = jax.jit(functools.partial(decoder.init, shape), out_shardings=placed)
+        return Initial(make_decoder(shape, settings), make(jax.random.key(seed)), None)
+    if paths.exists(paths.join(source, MODEL)):
+        shape = read_shape(source)
+        _, params = checkpoint.load_params(
+            source, sharding.with_shardings(decoder_shapes(shape), mesh)
+        )
+        return Initial(make_decoder(shape, settings), params, paths.join(source, TOKENIZER))
+    shape, params = weights.load(source)
+    return Initial(make_decoder(shape, settings), sharding.place(params, mesh), source)
+
+
+def decoder_shapes(shape: model_config.DecoderConfig):
+    """Shapes and types of the parameters."""
+    return jax.eval_shape(functools.partial(decoder.init, shape), jax.random.key(0))
+
+
+def make_decoder(shape: model_config.DecoderConfig, settings: config.Model) -> decoder.Decoder:
+    """The decoder of a shape with the run's compute type and remat policy."""
+    name = settings.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return decoder.Decoder(shape, dtype=jnp.dtype(name), remat=settings.remat)
+
+
+def write_shape(folder: str, shape: model_config.DecoderConfig) -> None:
+    """Writes the model's shape into a run folder."""
+    paths.write_text(paths.join(folder, MODEL), json.dumps(dataclasses.asdict(shape), indent=2))
+
+
+def read_shape(folder: str) -> model_config.DecoderConfig:
+    """The model's shape of a run folder."""
+    fields = json.loads(paths.read_text(paths.join(folder, MODEL)))
+    if fields["rope_scaling"] is not None:
+        fields["rope_scaling"] = model_config.RopeScaling(**fields["rope_scaling"])
+    return model_config.DecoderConfig(**fields)

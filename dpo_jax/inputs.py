@@ -1,0 +1,73 @@
+"""What a run reads before its first step: the model, the tokenizer and the tokenised rows, checked against each other."""
+
+import os
+from typing import NamedTuple
+
+import jax
+
+from dpo_jax import config, contract, initial, sharding
+from dpo_jax.data import tokenise, tokenizer
+
+
+class Inputs(NamedTuple):
+    """A run's model and data."""
+
+    initial: initial.Initial
+    tokenizer: tokenizer.Tokenizer
+    train: tokenise.Tokenised
+    held_out: tokenise.Tokenised | None
+    # the held-out rows as pairs, where a run trains on unpaired halves of them
+    held_out_pairs: tokenise.Tokenised | None
+
+
+def load(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Inputs:
+    """Reads and checks everything; every cause that can be seen before a step compiles is a ValueError here."""
+    sharding.check_batch_size(experiment.batch_size, experiment.microbatches, mesh)
+    start = initial.load(experiment.model.source, experiment.model, experiment.seed, mesh)
+    words = tokenizer.load_tokenizer(experiment.data, start.tokenizer)
+    vocabulary = start.model.config.vocabulary_size
+    if words.vocabulary_size > vocabulary:
+        raise ValueError(
+            f"the tokenizer {experiment.data.tokenizer or start.tokenizer} has {words.vocabulary_size} tokens and the "
+            f"model {experiment.model.source} a vocabulary of {vocabulary}: give --data.tokenizer or --model.source "
+            "so that they fit"
+        )
+    train, held_out = tokenise.load(experiment.data, words, experiment.data.examples)
+    check_lengths(train, start.model.config.max_positions, experiment)
+    pairs = None
+    if experiment.data.examples == "unpaired":
+        pairs = tokenise.load_pairs_for_evaluation(experiment.data, words)
+    loss = experiment.loss
+    contract.check(
+        loss.function,
+        loss.hyperparameters,
+        train.names,
+        tuple(train.columns),
+        experiment.reference.source is not None,
+    )
+    if experiment.samples.count and held_out is None:
+        raise ValueError(
+            f"samples.count is {experiment.samples.count}, and there are no held-out prompts to sample from: give "
+            "--data.evaluation-source or --data.held-out"
+        )
+    return Inputs(start, words, train, held_out, pairs)
+
+
+def check_lengths(data: tokenise.Tokenised, positions: int, experiment: config.Experiment) -> None:
+    """Raises ValueError where a prompt and completion are longer than the model's positions."""
+    prompts = data.prompts[:, 1] - data.prompts[:, 0]
+    longest = int(
+        (prompts + (data.completions[:, :, 1] - data.completions[:, :, 0]).max(axis=1)).max()
+    )
+    if longest > positions:
+        raise ValueError(
+            f"an example has {longest} tokens and the model {experiment.model.source} {positions} positions: lower "
+            f"--data.max-length, now {experiment.data.max_length}"
+        )
+
+
+def enable_compile_cache(folder: str) -> None:
+    """Keeps compiled programs on disk, so that the next process with the same shapes starts at once."""
+    os.makedirs(folder, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,0 +1,136 @@
+"""Metrics to metrics.jsonl, TensorBoard and wandb; a progress bar; the check that the loss is finite."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import tqdm
+
+from dpo_jax import config, paths
+
+JSONL = "metrics.jsonl"
+
+
+def cut(folder: str, step: int) -> None:
+    """Drops the lines after a step, which a resumed run writes again, and a line that was cut short."""
+    path = paths.join(folder, JSONL)
+    if paths.exists(path):
+        kept = [line for line in paths.read_text(path).splitlines() if _step_of(line) <= step]
+        paths.write_text(path, "".join(line + "\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return math.inf
+
+
+def read(folder: str) -> list[dict[str, Any]]:
+    """The lines of a run folder's metrics.jsonl; [] where there is none yet."""
+    path = paths.join(folder, JSONL)
+    return (
+        [json.loads(line) for line in paths.read_text(path).splitlines()]
+        if paths.exists(path)
+        else []
+    )
+
+
+class Writer:
+    """Writes one line a step wherever the config says."""
+
+    def __init__(self, folder: str, log: config.Log, steps: int, first_step: int, run_config: dict):
+        self._path = paths.join(folder, JSONL)
+        self._lines = _Appender(self._path)
+        self._steps, self._started, self._first = steps, time.monotonic(), first_step
+        self._bar = tqdm.tqdm(
+            total=steps, initial=first_step, unit="step", disable=not log.progress
+        )
+        self._board = None
+        self._wandb = None
+        if log.tensorboard and paths.is_local(folder):
+            import tensorboardX
+
+            self._board = tensorboardX.SummaryWriter(
+                paths.join(folder, "tensorboard"), purge_step=first_step + 1
+            )
+        if log.wandb_project is not None:
+            self._wandb = start_wandb(log.wandb_project, folder, run_config)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One line: the step, then its metrics. Raises FloatingPointError where the loss is not finite."""
+        self._lines.append(json.dumps({"step": step, **values}))
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=step)
+        self._show(step, values)
+        if not math.isfinite(values.get("loss", 0.0)):
+            self.flush()
+            raise FloatingPointError(
+                f"loss is {values['loss']} at step {step}: lower --optimizer.learning-rate, or look at the batch "
+                "(scripts.show); the last checkpoint is untouched"
+            )
+
+    def _show(self, step: int, values: Mapping[str, float]) -> None:
+        shown = {
+            "loss": values.get("loss"),
+            "accuracy": values.get("rewards/accuracies"),
+            "tokens/s": values.get("time/tokens_per_second"),
+        }
+        self._bar.set_postfix(
+            {k: f"{v:.4g}" for k, v in shown.items() if v is not None}, refresh=False
+        )
+        self._bar.update(step - self._bar.n)
+
+    def flush(self) -> None:
+        """All lines so far are in the file."""
+        self._lines.flush()
+        if self._board is not None:
+            self._board.flush()
+
+    def close(self) -> None:
+        """Flushes and ends the bar and the loggers."""
+        self.flush()
+        self._bar.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+class _Appender:
+    """Lines to a file that grows. Object stores cannot append, so there a flush writes the whole file."""
+
+    def __init__(self, path: str):
+        self._path = path
+        self._local = open(path, "a", encoding="utf-8") if paths.is_local(path) else None
+        self._lines = (
+            paths.read_text(path).splitlines() if not self._local and paths.exists(path) else []
+        )
+
+    def append(self, line: str) -> None:
+        if self._local:
+            self._local.write(line + "\n")
+            self._local.flush()
+        else:
+            self._lines.append(line)
+
+    def flush(self) -> None:
+        if not self._local:
+            paths.write_text(self._path, "".join(line + "\n" for line in self._lines))
+
+
+def start_wandb(project: str, folder: str, run_config: dict) -> Any:
+    """A wandb run that goes on where the folder's last one stopped."""
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError(
+            "log.wandb_project is set and wandb is not installed: pip install wandb"
+        ) from error
+    name = folder.rstrip("/").rsplit("/", 1)[-1]
+    return wandb.init(project=project, name=name, id=name, resume="allow", config=run_config)

@@ -1,0 +1,130 @@
+"""The mesh, and one table from logical axes to mesh axes for parameters, moments, reference and batch."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dpo_jax import config
+from dpo_jax.model import decoder
+
+# logical axis of a parameter -> mesh axis
+RULES: dict[str, str | None] = {
+    "layers": None,
+    "width": "fsdp",
+    "heads": "tensor",
+    "key_value_heads": "tensor",
+    "head_dim": None,
+    "hidden": "tensor",
+    "vocabulary": "tensor",
+}
+# rows of a batch lie on both
+BATCH_AXES = ("data", "fsdp")
+
+
+def make_mesh(axes: config.Mesh, devices: Sequence[jax.Device]) -> Mesh:
+    """The mesh data x fsdp x tensor over the devices; ValueError where the product is not their number."""
+    fsdp = axes.fsdp if axes.fsdp is not None else len(devices) // (axes.data * axes.tensor)
+    shape = (axes.data, fsdp, axes.tensor)
+    if math.prod(shape) != len(devices):
+        raise ValueError(
+            f"mesh.data {axes.data} x mesh.fsdp {fsdp} x mesh.tensor {axes.tensor} = {math.prod(shape)} devices, and "
+            f"there are {len(devices)}: change --mesh.data, --mesh.fsdp or --mesh.tensor"
+        )
+    return jax.make_mesh(
+        shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices
+    )
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Over how many shards the rows of a batch lie."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def check_batch_size(batch_size: int, microbatches: int, mesh: Mesh) -> None:
+    """Raises ValueError unless batch_size divides over batch shards and microbatches."""
+    shards = batch_shards(mesh)
+    parts = shards * microbatches
+    if batch_size % parts:
+        lower = batch_size // parts * parts
+        raise ValueError(
+            f"batch_size {batch_size} does not divide over {shards} batch shards (data x fsdp) x {microbatches} "
+            f"microbatches = {parts} parts: take {f'{lower} or ' if lower else ''}{lower + parts}, or more tensor shards"
+        )
+
+
+def parameters(params, mesh: Mesh):
+    """Sharding of each parameter: a tree like params (arrays or shapes).
+
+    An axis that its mesh axis does not divide stays whole. ValueError names a parameter without a rule or with one mesh
+    axis twice.
+    """
+
+    def place(path, leaf, axes: tuple[str, ...]):
+        names = [RULES[axis] for axis in axes]
+        used = [name for name in names if name is not None]
+        if len(used) != len(set(used)):
+            raise ValueError(
+                f"parameter {jax.tree_util.keystr(path)} with axes {axes} would use a mesh axis twice"
+            )
+        fitting = [
+            n if n and size % mesh.shape[n] == 0 else None
+            for n, size in zip(names, leaf.shape, strict=True)
+        ]
+        return NamedSharding(mesh, P(*fitting))
+
+    axes = decoder.logical_axes(params)
+    return jax.tree_util.tree_map_with_path(place, params, axes)
+
+
+def place(params, mesh: Mesh):
+    """Parameters (NumPy or JAX) on the mesh."""
+    return jax.device_put(params, parameters(params, mesh))
+
+
+def with_shardings(shapes, mesh: Mesh):
+    """The ShapeDtypeStructs of parameters with their shardings."""
+
+    def one(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(one, shapes, parameters(shapes, mesh))
+
+
+def like_parameters(tree, params, shardings, mesh: Mesh):
+    """Shardings for optimizer state: that of the parameter where path end and shape agree, else replicated."""
+    by_path = {
+        (jax.tree_util.keystr(path), leaf.shape): sharding
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
+        )
+    }
+
+    def place(path, leaf):
+        ends = (jax.tree_util.keystr(path[start:]) for start in range(len(path)))
+        found = (by_path[(end, leaf.shape)] for end in ends if (end, leaf.shape) in by_path)
+        return next(found, replicated(mesh))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, P())
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+    """First axis over the batch shards."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def put_batch(batch: dict, mesh: Mesh):
+    """A host batch on the mesh, rows over the batch shards; `index` stays on the host."""
+    arrays = {name: value for name, value in batch.items() if name != "index"}
+    sharding = rows(mesh)
+    return jax.tree.map(
+        lambda value: jax.make_array_from_process_local_data(sharding, np.asarray(value)), arrays
+    )

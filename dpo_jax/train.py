@@ -1,0 +1,253 @@
+"""One run, from its folder to its last step. What it runs on is put together in `assemble`, the step in `train_step`."""
+
+import collections
+import concurrent.futures
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from dpo_jax import (
+    assemble,
+    checkpoint,
+    config,
+    evaluate,
+    flags,
+    initial,
+    inputs,
+    metrics,
+    paths,
+    reference,
+    sharding,
+    train_step,
+)
+from dpo_jax.data import pack
+
+DONE = "DONE"
+# largest log-ratio per token, in nats, between two computations with the same weights
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+# batches made ahead of the step
+AHEAD = 2
+
+
+def train(experiment: config.Experiment, experiment_file: str | Path) -> None:
+    """Trains, or goes on with, the run in experiment.workdir; one that is DONE is left as it is.
+
+    Raises ValueError for bad input, before the first step where it can be seen, and FloatingPointError when the loss
+    stops being finite. SIGTERM saves a checkpoint and exits with status 143.
+    """
+    folder = find_folder(experiment)
+    if paths.exists(paths.join(folder, DONE)):
+        print(f"{folder} is done: nothing to do")
+        return
+    inputs.enable_compile_cache(paths.join(paths.cache_folder(), "compiled"))
+    run, state = assemble.assemble(experiment, sharding.make_mesh(experiment.mesh, jax.devices()))
+    # only now, so that a run whose input is refused leaves no folder behind
+    if not paths.exists(paths.join(folder, "config.json")):
+        flags.write_run(folder, experiment, experiment_file)
+    if not paths.exists(paths.join(folder, initial.MODEL)):
+        run.tokenizer.save(paths.join(folder, initial.TOKENIZER))
+        initial.write_shape(folder, run.model.config)
+    with checkpoint.make_checkpointer(folder, experiment.checkpoint) as checkpointer:
+        loop(run, folder, resume(checkpointer, state), checkpointer)
+    paths.write_text(paths.join(folder, DONE), "")
+
+
+def find_folder(experiment: config.Experiment) -> str:
+    """The run's folder, new or of an equal config; ValueError lists how another config differs."""
+    folder = experiment.workdir
+    if folder is None:
+        raise ValueError("workdir is None: give --workdir, the folder of the run")
+    if not paths.exists(paths.join(folder, "config.json")):
+        return folder
+    differences = flags.compare(flags.load_run(folder), experiment)
+    if differences:
+        listed = "\n  ".join(differences)
+        raise ValueError(
+            f"{folder} holds a run of another config:\n  {listed}\n"
+            "give another --workdir, or the same settings to go on with it"
+        )
+    return folder
+
+
+def resume(checkpointer, state: train_step.TrainState) -> train_step.TrainState:
+    """The newest checkpoint's state, or the one given where there is none."""
+    step = checkpoint.latest_step(checkpointer)
+    if step is None:
+        return state
+    items = {"params": state.params, "opt_state": state.opt_state}
+    restored = checkpoint.restore(checkpointer, step, checkpoint.abstract(items))
+    print(f"going on from step {step}")
+    placed = jax.device_put(np.int32(step), state.step.sharding)
+    return train_step.TrainState(placed, restored["params"], restored["opt_state"])
+
+
+def loop(run: assemble.Run, folder: str, state: train_step.TrainState, checkpointer) -> None:
+    """Runs the steps that are left, with evaluations, checkpoints and the profiler's window."""
+    experiment, first = run.experiment, int(state.step)
+    metrics.cut(folder, first)
+    writer = metrics.Writer(
+        folder, experiment.log, experiment.steps, first, flags.to_json(experiment)
+    )
+    stop = catch_sigterm()
+    if first == 0:
+        writer.write(0, evaluation(run, folder, state, 0))
+    pending, clock = None, time.perf_counter()
+    for step, batch, facts in batches(run, first):
+        trace(experiment.profile, folder, step, state)
+        state, values = run.step(state, run.reference, batch, run.numbers)
+        # the device works on this step while the numbers of the last are fetched and written
+        if pending is not None:
+            writer.write(*fetch(pending, clock))
+            clock = time.perf_counter()
+        pending, done = (step + 1, values, facts), step + 1
+        if step == 0:
+            check_identity(run, float(values["deviation"]))
+        if stop.is_set() or done == experiment.steps or due(experiment, done):
+            pause(run, folder, state, fetch(pending, clock), writer, checkpointer, stop.is_set())
+            pending, clock = None, time.perf_counter()
+    trace(experiment.profile, folder, experiment.steps, state)
+    writer.close()
+
+
+def due(experiment: config.Experiment, done: int) -> bool:
+    """Whether an evaluation or a checkpoint comes after this many steps."""
+    return divides(experiment.evaluate_every, done) or divides(experiment.checkpoint_every, done)
+
+
+def divides(every: int | None, done: int) -> bool:
+    """Whether something that comes every so many steps comes now; None: never."""
+    return every is not None and done % every == 0
+
+
+def fetch(pending: tuple, clock: float) -> tuple[int, dict[str, float]]:
+    """A step's number and its metrics as floats, with the time since `clock`."""
+    step, values, facts = pending
+    floats = {
+        name: float(value) for name, value in jax.device_get(values).items() if name != "deviation"
+    }
+    seconds = time.perf_counter() - clock
+    timed = {"time/step": seconds, "time/tokens_per_second": facts["tokens"] / seconds}
+    return step, {
+        **floats,
+        **{name: value for name, value in facts.items() if name != "tokens"},
+        **timed,
+    }
+
+
+def pause(
+    run: assemble.Run,
+    folder: str,
+    state,
+    line: tuple,
+    writer: metrics.Writer,
+    checkpointer,
+    stopping,
+) -> None:
+    """Evaluates and saves as is due after a step; its line is on disk before its checkpoint is."""
+    (step, values), experiment = line, run.experiment
+    last = step == experiment.steps
+    if last or divides(experiment.evaluate_every, step):
+        values.update(evaluation(run, folder, state, step))
+    writer.write(step, values)
+    if last or stopping or divides(experiment.checkpoint_every, step):
+        writer.flush()
+        ranked = {name: values[name] for name in (experiment.checkpoint.metric,) if name in values}
+        checkpoint.save(
+            checkpointer, step, {"params": state.params, "opt_state": state.opt_state}, ranked
+        )
+    if stopping and not last:
+        writer.close()
+        print(f"SIGTERM: saved step {step}; the same command goes on from there")
+        raise SystemExit(143)
+
+
+def evaluation(
+    run: assemble.Run, folder: str, state: train_step.TrainState, step: int
+) -> dict[str, float]:
+    """Held-out metrics under eval/, those of sampled text under samples/."""
+    found: dict[str, float] = {}
+    numbers = run.numbers["loss"]
+    if run.held_out is not None:
+        found |= evaluate.preferences(
+            run.evaluate, state.params, run.reference, run.held_out, run.mesh, numbers
+        )
+    if run.held_out_pairs is not None:
+        beta = {name: number for name, number in numbers.items() if name == "beta"}
+        pairs = evaluate.preferences(
+            run.evaluate_pairs, state.params, run.reference, run.held_out_pairs, run.mesh, beta
+        )
+        found |= {name: value for name, value in pairs.items() if name.startswith("rewards/")}
+    found = {f"eval/{name}": value for name, value in found.items()}
+    if run.sampler is not None:
+        # the same noise at every evaluation, so that what changes is the policy
+        key = jax.random.fold_in(jax.random.key(run.experiment.seed), 1)
+        anchor = sharding.place(run.initial_params, run.mesh)
+        sampled, rows = evaluate.sample(run.sampler, state.params, anchor, key)
+        evaluate.write_rows(folder, step, rows)
+        found |= {f"samples/{name}": value for name, value in sampled.items()}
+    return found
+
+
+def batches(run: assemble.Run, first: int) -> Iterator[tuple[int, dict, dict[str, float]]]:
+    """Step, batch on the mesh and facts about it, for the steps that are left, made AHEAD by a thread."""
+    data, plan, table = run.train
+
+    def make(step: int) -> tuple[dict, dict[str, float]]:
+        batch = pack.batch(data, plan, step)
+        facts = {**pack.fill(batch), "tokens": float((batch["example"] > 0).sum())}
+        return sharding.put_batch(reference.with_table(batch, table), run.mesh), facts
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        left = iter(range(first, run.experiment.steps))
+        made = collections.deque(
+            (step, pool.submit(make, step)) for step, _ in zip(left, range(AHEAD), strict=False)
+        )
+        while made:
+            step, future = made.popleft()
+            started = time.perf_counter()
+            batch, facts = future.result()
+            following = next(left, None)
+            if following is not None:
+                made.append((following, pool.submit(make, following)))
+            yield step, batch, {**facts, "time/wait": time.perf_counter() - started}
+
+
+def check_identity(run: assemble.Run, deviation: float) -> None:
+    """Raises ValueError where policy and reference start with the same weights and score differently."""
+    tolerance = TOLERANCE[np.dtype(run.model.dtype).name]
+    if not assemble.is_initial(run.experiment) or math.isnan(deviation) or deviation <= tolerance:
+        return
+    cause = (
+        "the cached log-probabilities are of other weights or rows: remove the cache's folder reference/"
+        if run.experiment.reference.cached
+        else "policy and reference are not computed alike"
+    )
+    raise ValueError(
+        f"at step 0 policy and reference have the same weights, and their log-probabilities differ by up to "
+        f"{deviation:.3g} nats a token (at most {tolerance:g} is expected): {cause}"
+    )
+
+
+def catch_sigterm() -> threading.Event:
+    """An event that SIGTERM sets, which a preempted machine gets; unset for ever outside of the main thread."""
+    stop = threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    return stop
+
+
+def trace(profile: config.Profile, folder: str, step: int, state: train_step.TrainState) -> None:
+    """Starts the profiler before its first step and stops it after its last."""
+    if profile.start is None:
+        return
+    if step == profile.start:
+        jax.profiler.start_trace(paths.join(folder, "profile"))
+    elif step == profile.start + profile.steps:
+        jax.block_until_ready(state.params)
+        jax.profiler.stop_trace()

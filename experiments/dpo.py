@@ -1,0 +1,33 @@
+"""DPO on the built-in task: reward against KL, Fig. 2 left of https://arxiv.org/abs/2305.18290.
+
+python -m scripts.train experiments/dpo.py --workdir runs/dpo
+Hardware: two CPU cores. Hours, reward and KL: not measured yet.
+"""
+
+from dpo_jax import config, losses
+from dpo_jax.data import builtin
+
+
+def experiment() -> config.Experiment:
+    """The run."""
+    return config.Experiment(
+        loss=config.Loss(losses.dpo, beta=0.1),
+        steps=160,
+        batch_size=64,
+        evaluate_every=40,
+        data=config.Data(max_length=128),
+        reference=config.Reference(cached=True),
+        optimizer=config.Optimizer(learning_rate=1e-4, schedule="linear", warmup_steps=15),
+        samples=config.Samples(count=256, max_tokens=80, reward=builtin.reward),
+    )
+
+
+def sweep() -> list[dict]:
+    """Strength of the tie to the reference, learning rate and seed."""
+    return config.grid(
+        {
+            "loss.beta": [0.05, 0.1, 1.0, 5.0],
+            "optimizer.learning_rate": [3e-5, 1e-4],
+            "seed": [0, 1, 2],
+        }
+    )

@@ -1,0 +1,20 @@
+"""IPO on the built-in task (https://arxiv.org/abs/2310.12036), in its token-mean reading.
+
+python -m scripts.train experiments/ipo.py --workdir runs/ipo
+Hardware: two CPU cores. Hours, reward and KL: not measured yet.
+"""
+
+from dpo_jax import config, losses
+from experiments import dpo
+
+
+def experiment() -> config.Experiment:
+    """The run."""
+    return dpo.experiment().replace(loss=config.Loss(losses.ipo, beta=0.1))
+
+
+def sweep() -> list[dict]:
+    """The paper's tau, learning rate and seed."""
+    return config.grid(
+        {"loss.beta": [0.1, 0.5, 1.0], "optimizer.learning_rate": [3e-5, 1e-4], "seed": [0, 1, 2]}
+    )

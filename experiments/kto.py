@@ -1,0 +1,26 @@
+"""KTO on the built-in task (https://arxiv.org/abs/2402.01306): each pair is one desirable and one undesirable example.
+
+python -m scripts.train experiments/kto.py --workdir runs/kto
+Hardware: two CPU cores. Hours, reward and KL: not measured yet.
+"""
+
+import dataclasses
+
+from dpo_jax import config, losses
+from experiments import dpo
+
+
+def experiment() -> config.Experiment:
+    """The run."""
+    base = dpo.experiment()
+    return base.replace(
+        loss=config.Loss(losses.kto, beta=0.1),
+        data=dataclasses.replace(base.data, examples="unpaired"),
+    )
+
+
+def sweep() -> list[dict]:
+    """Strength of the tie to the reference, learning rate and seed."""
+    return config.grid(
+        {"loss.beta": [0.05, 0.1, 0.5], "optimizer.learning_rate": [3e-5, 1e-4], "seed": [0, 1, 2]}
+    )

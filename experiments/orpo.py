@@ -1,0 +1,22 @@
+"""ORPO on the built-in task (https://arxiv.org/abs/2403.07691), which has no reference model.
+
+python -m scripts.train experiments/orpo.py --workdir runs/orpo
+Hardware: two CPU cores. Hours, reward and KL: not measured yet.
+"""
+
+from dpo_jax import config, losses
+from experiments import dpo
+
+
+def experiment() -> config.Experiment:
+    """The run."""
+    return dpo.experiment().replace(
+        loss=config.Loss(losses.orpo, lam=0.1), reference=config.Reference(source=None)
+    )
+
+
+def sweep() -> list[dict]:
+    """The paper's lambda, learning rate and seed."""
+    return config.grid(
+        {"loss.lam": [0.1, 0.5, 1.0], "optimizer.learning_rate": [3e-5, 1e-4], "seed": [0, 1, 2]}
+    )
