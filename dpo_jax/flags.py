@@ -314,7 +314,7 @@ def write_run(folder: str, experiment: config.Experiment, experiment_file: str |
 
 def load_run(folder: str) -> config.Experiment:
     """The experiment of a run folder, from its config.json and its copy of the experiment file."""
-    record = read_record(folder)
+    record = read_config(folder)["experiment"]
     copy = paths.join(folder, functions.COPY)
     try:
         if not names_copy(record):
@@ -328,15 +328,17 @@ def load_run(folder: str) -> config.Experiment:
         raise ValueError(f"{folder} cannot be loaded: {error}") from (error.__cause__ or error)
 
 
-def read_record(folder: str) -> dict:
-    """The fields in a run folder's config.json, as JSON values."""
+def read_config(folder: str) -> dict:
+    """A run folder's config.json: experiment (what to_json gave) and experiment_file."""
     file = paths.join(folder, "config.json")
     if not paths.exists(file):
         raise ValueError(f"{folder} is no run folder: it has no config.json")
     try:
-        record = json.loads(paths.read_text(file))["experiment"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not the config.json of a run: {error!r}") from error
+        record = json.loads(paths.read_text(file))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(record, dict) or not isinstance(record.get("experiment"), dict):
+        raise ValueError(f"{file} is not the config.json of a run: it has no field experiment")
     return record
 
 
