@@ -95,7 +95,11 @@ def test_prompt_and_completion_are_read_as_one_text():
 
 
 def test_order_of_the_clauses_makes_no_difference():
-    parts = ["the plot was not very good .", "the songs never bored me .", "i hated the gags ."]
+    parts = [
+        "the plot was not very good .",
+        "the songs never bored me .",
+        "the acting was very good .",
+    ]
     texts = [" ".join(order) for order in itertools.permutations(parts)]
     assert len({builtin.reward("", text) for text in texts}) == 1
 
@@ -192,6 +196,13 @@ def test_prefixes_are_short_distinct_and_a_function_of_the_seed():
     assert builtin.prefixes(100, 1) != found[:100]
 
 
+def test_prefixes_come_from_other_reviews_than_the_corpus():
+    same = [
+        builtin.corpus(1, seed)[0].startswith(builtin.prefixes(1, seed)[0]) for seed in range(10)
+    ]
+    assert sum(same) < 3
+
+
 def test_excluded_prefixes_do_not_come_back():
     first = builtin.prefixes(300, 0)
     assert not set(first) & set(builtin.prefixes(300, 0, exclude=first))
@@ -269,6 +280,7 @@ def test_transformers_loads_the_tokenizer_folder(tmp_path, reviews):
     loaded = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
     assert (loaded.pad_token_id, loaded.bos_token_id, loaded.eos_token_id) == (0, 1, 2)
     assert len(loaded) == 512
+    assert loaded.clean_up_tokenization_spaces is False
     ids = loaded(reviews[0])["input_ids"]
     assert ids == written.encode(reviews[0]).ids
     assert loaded.decode(ids, skip_special_tokens=True) == reviews[0]
