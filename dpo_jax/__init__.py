@@ -1,0 +1,1 @@
+"""Direct alignment from preferences in JAX."""

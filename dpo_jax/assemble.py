@@ -1,4 +1,6 @@
-"""A config and its inputs to what the train loop needs: placed parameters, jitted functions, laid-out data."""
+"""A config and its inputs to what the train loop needs: placed parameters, jitted functions,
+laid-out data.
+"""
 
 import functools
 from collections.abc import Callable
@@ -38,12 +40,12 @@ class Run(NamedTuple):
     # (state, reference, batch, numbers) -> (state, metrics), jitted
     step: Callable
     # (params, reference, batch, numbers) -> Sums, jitted: of the loss, and of the rewards of pairs
-    evaluate: Callable
+    evaluate_loss: Callable
     evaluate_pairs: Callable
     sampler: evaluate.Sampler | None
     # parameters of a live reference; None where it is cached or absent
     reference: Any
-    # on the host: the initial policy, which samples are compared with; None where nothing is sampled
+    # on the host: the initial policy, which samples are compared with, if any are drawn
     initial_params: Any
     # the loss's floats and the learning rate, as the step takes them
     numbers: dict
@@ -52,7 +54,9 @@ class Run(NamedTuple):
 def assemble(
     experiment: config.Experiment, mesh: jax.sharding.Mesh
 ) -> tuple[Run, train_step.TrainState]:
-    """Reads and checks the inputs, places model and reference; nothing but a cached reference is computed yet."""
+    """Reads and checks the inputs, places model and reference; nothing but a cached reference is
+    computed yet.
+    """
     found = inputs.load(experiment, mesh)
     print(tokenise.describe(found.train.report))
     params = found.initial.params
@@ -60,7 +64,7 @@ def assemble(
     tx = optimizer.make(experiment.optimizer)
     schedule = optimizer.make_schedule(experiment.optimizer, experiment.steps)
     anchor = load_reference(experiment, found, mesh)
-    sets = lay_out(experiment, found, mesh, anchor)
+    train, held_out, held_out_pairs = lay_out(experiment, found, mesh, anchor)
     scoring = make_scoring(experiment, score)
     sampler = make_sampler(experiment, found, mesh, score)
     initial_params = jax.device_get(params) if sampler is not None else None
@@ -76,11 +80,11 @@ def assemble(
         mesh=mesh,
         tokenizer=found.tokenizer,
         model=found.initial.model,
-        train=sets[0],
-        held_out=sets[1],
-        held_out_pairs=sets[2],
+        train=train,
+        held_out=held_out,
+        held_out_pairs=held_out_pairs,
         step=jax.jit(step, out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0),
-        evaluate=jax.jit(functools.partial(train_step.evaluate, scoring)),
+        evaluate_loss=jax.jit(functools.partial(train_step.evaluate, scoring)),
         evaluate_pairs=jax.jit(
             functools.partial(train_step.evaluate, scoring._replace(loss=evaluate.pair_rewards))
         ),
@@ -96,7 +100,9 @@ def assemble(
 
 
 def load_reference(experiment: config.Experiment, found: inputs.Inputs, mesh):
-    """Parameters of the reference on the mesh, the policy's own where it is the initial policy; None without one."""
+    """Parameters of the reference on the mesh, the policy's own where it is the initial policy;
+    None without one.
+    """
     source = experiment.reference.source
     if source is None:
         return None
@@ -105,12 +111,15 @@ def load_reference(experiment: config.Experiment, found: inputs.Inputs, mesh):
     loaded = initial.load(source, experiment.model, experiment.seed, mesh)
     if loaded.model.config.vocabulary_size != found.initial.model.config.vocabulary_size:
         raise ValueError(
-            f"reference.source {source} has a vocabulary of {loaded.model.config.vocabulary_size} and the policy "
-            f"{experiment.model.source} one of {found.initial.model.config.vocabulary_size}: they must share a tokenizer"
+            f"reference.source {source} has a vocabulary of {loaded.model.config.vocabulary_size} "
+            "and the policy "
+            f"{experiment.model.source} one of {found.initial.model.config.vocabulary_size}: they "
+            "must share a tokenizer"
         )
     if loaded.model.config != found.initial.model.config:
         raise ValueError(
-            f"reference.source {source} has another shape than the policy {experiment.model.source}; both are scored "
+            f"reference.source {source} has another shape than the policy "
+            f"{experiment.model.source}; both are scored "
             "by one function, so they must agree"
         )
     return loaded.params
@@ -123,15 +132,15 @@ def is_initial(experiment: config.Experiment) -> bool:
 
 def lay_out(
     experiment: config.Experiment, found: inputs.Inputs, mesh, anchor
-) -> list[evaluate.HeldOut | None]:
-    """Training, held-out and held-out pairs' data, each with its plan and, where it is cached, its reference."""
+) -> tuple[evaluate.HeldOut, evaluate.HeldOut | None, evaluate.HeldOut | None]:
+    """Training, held-out and held-out pairs' data, each with its plan and, where it is cached, its
+    reference.
+    """
     cached = experiment.reference.cached and anchor is not None
     params_hash = reference.fingerprint(anchor) if cached else ""
     shards = sharding.batch_shards(mesh)
 
-    def one(data: tokenise.Tokenised | None, parts: int) -> evaluate.HeldOut | None:
-        if data is None:
-            return None
+    def one(data: tokenise.Tokenised, parts: int) -> evaluate.HeldOut:
         plan = pack.plan(data, experiment.batch_size, parts, experiment.seed)
         model = found.initial.model
         table = (
@@ -139,12 +148,10 @@ def lay_out(
         )
         return evaluate.HeldOut(data, plan, table)
 
-    microbatched = shards * experiment.microbatches
-    return [
-        one(found.train, microbatched),
-        one(found.held_out, shards),
-        one(found.held_out_pairs, shards),
-    ]
+    train = one(found.train, shards * experiment.microbatches)
+    held_out = None if found.held_out is None else one(found.held_out, shards)
+    pairs = None if found.held_out_pairs is None else one(found.held_out_pairs, shards)
+    return train, held_out, pairs
 
 
 def make_scoring(experiment: config.Experiment, score: Callable) -> train_step.Scoring:
@@ -184,13 +191,15 @@ def accumulation(experiment: config.Experiment) -> Callable:
 
 
 def make_state(params, tx: optax.GradientTransformation, mesh) -> tuple[train_step.TrainState, Any]:
-    """The state before the first update, and its shardings: moments lie where their parameters do."""
+    """The state before the first update, and its shardings: moments lie where their parameters "
+    "do."""
     placed = sharding.parameters(params, mesh)
     abstract = jax.eval_shape(tx.init, params)
     moments = sharding.like_parameters(abstract, params, placed, mesh)
     opt_state = jax.jit(tx.init, out_shardings=moments)(params)
     step = jax.device_put(jnp.int32(0), sharding.replicated(mesh))
-    shardings = train_step.TrainState(sharding.replicated(mesh), placed, moments)
+    everywhere: Any = sharding.replicated(mesh)
+    shardings = train_step.TrainState(everywhere, placed, moments)
     return train_step.TrainState(step, params, opt_state), shardings
 
 

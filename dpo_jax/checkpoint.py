@@ -1,7 +1,10 @@
 """Orbax checkpoints of a run: the newest and the best are kept, and parameters can be loaded alone.
 
-All of Orbax that the project uses is in this module, since its names still move. The position in the data is the step.
+All of Orbax that the project uses is in this module, since its names still move. The position in
+the data is the step.
 """
+
+from typing import Any
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
@@ -12,7 +15,7 @@ from dpo_jax import config, paths
 def make_checkpointer(folder: str, settings: config.Checkpoint) -> ocp.training.Checkpointer:
     """Saves to and restores from folder/checkpoints; half-written checkpoints are never seen."""
     policies = ocp.training.preservation_policies
-    kept = [policies.LatestN(settings.keep)]
+    kept: list[Any] = [policies.LatestN(settings.keep)]
     if settings.keep_best:
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics[settings.metric],
@@ -21,19 +24,23 @@ def make_checkpointer(folder: str, settings: config.Checkpoint) -> ocp.training.
             keep_checkpoints_without_metrics=False,
         )
         kept.append(best)
+    always: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
+    both: Any = policies.AnyPreservationPolicy(kept)
     return ocp.training.Checkpointer(
         paths.join(folder, "checkpoints"),
-        preservation_policy=policies.AnyPreservationPolicy(kept),
+        preservation_policy=both,
         # when to save is the train loop's to say
-        save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+        save_decision_policy=always,
         cleanup_tmp_directories=True,
     )
 
 
 def save(
-    checkpointer: ocp.training.Checkpointer, step: int, items: dict, metrics: dict[str, float]
+    checkpointer: ocp.training.Checkpointer, step: int, items: dict, metrics: dict[str, Any]
 ) -> None:
-    """Saves trees by name (`params` by itself, so that it can be loaded alone); returns when they are on disk."""
+    """Saves trees by name (`params` by itself, so that it can be loaded alone); returns when they
+    are on disk.
+    """
     checkpointer.save_checkpointables(step, items, metrics=metrics or None, overwrite=True)
 
 
@@ -44,17 +51,21 @@ def latest_step(checkpointer: ocp.training.Checkpointer) -> int | None:
 
 
 def restore(checkpointer: ocp.training.Checkpointer, step: int, abstract: dict) -> dict:
-    """The trees of a step, in the shapes, types and shardings of `abstract` (ShapeDtypeStruct leaves)."""
+    """The trees of a step, in the shapes, types and shardings of `abstract` (ShapeDtypeStruct
+    leaves).
+    """
     try:
         return checkpointer.load_checkpointables(step, abstract)
     except Exception as error:
         raise ValueError(
-            f"checkpoint {step} of {checkpointer.directory} does not fit this run: {error.__cause__ or error}"
+            f"checkpoint {step} of {checkpointer.directory} does not fit this run: "
+            f"{error.__cause__ or error}"
         ) from error
 
 
 def load_params(folder: str, abstract) -> tuple[int, dict]:
-    """Step and parameters of a run folder's newest checkpoint, on the devices that `abstract` says."""
+    """Step and parameters of a run folder's newest checkpoint, on the devices that `abstract` "
+    "says."""
     with ocp.training.Checkpointer(
         paths.join(folder, "checkpoints"), lightweight_initialize=True
     ) as checkpointer:

@@ -37,7 +37,8 @@ def needs(loss: Callable) -> Needs:
 
 
 class _Completions(dict):
-    """Completions by name, that names the cure when a loss asks for one that the data do not give."""
+    """Completions by name, that names the cure when a loss asks for one that the data do not "
+    "give."""
 
     def __init__(self, values: Mapping, loss: str):
         super().__init__(values)
@@ -45,8 +46,10 @@ class _Completions(dict):
 
     def __missing__(self, name: str):
         raise ValueError(
-            f"loss {self.loss} reads the completion {name!r}, and the data give {', '.join(sorted(self))}: "
-            "set --data.examples to pairs (chosen, rejected), unpaired (completion, mismatched) or sft (completion)"
+            f"loss {self.loss} reads the completion {name!r}, and the data give "
+            f"{', '.join(sorted(self))}: "
+            "set --data.examples to pairs (chosen, rejected), unpaired (completion, mismatched) or "
+            "sft (completion)"
         )
 
 
@@ -81,8 +84,9 @@ def check(
 ) -> None:
     """Runs the loss on four made-up examples; ValueError says which part of the contract it breaks.
 
-    The parts: it reads only completions and columns that the data give; it reads a reference if and only if there
-    is one; it returns losses [N] and metrics [N], finite; examples do not meet unless `declare` said so.
+    The parts: it reads only completions and columns that the data give; it reads a reference if and
+    only if there is one; it returns losses [N] and metrics [N], finite; examples do not meet unless
+    `declare` said so.
     """
     loss_of = functools.partial(loss, **hyperparameters)
     title = loss.__name__
@@ -90,7 +94,8 @@ def check(
     losses, metrics = loss_of(policy, reference, batch)
     if reference.read and not has_reference:
         raise ValueError(
-            f"loss {title} reads the reference, and reference.source is None: give --reference.source"
+            f"loss {title} reads the reference, and reference.source is None: give "
+            "--reference.source"
         )
     if not reference.read and has_reference:
         raise ValueError(
@@ -99,7 +104,8 @@ def check(
     for what, value in {"losses": losses, **{f"metric {k}": v for k, v in metrics.items()}}.items():
         if jnp.shape(value) != (4,):
             raise ValueError(
-                f"loss {title} returned {what} of shape {jnp.shape(value)}; one number an example: [N]"
+                f"loss {title} returned {what} of shape {jnp.shape(value)}; one number an example: "
+                "[N]"
             )
     if not np.all(np.isfinite(losses)):
         raise ValueError(
@@ -136,8 +142,10 @@ def _examples_meet(
     for seed in range(8):
         policy, reference, batch = _examples(names, columns, title, 5.0, seed)
         before, _ = loss_of(policy, reference, batch)
+        shift = 10.0 * (-1) ** seed
         moved = {
-            n: l._replace(total=l.total.at[3].add(10.0 * (-1) ** seed)) for n, l in policy.items()
+            name: scored._replace(total=scored.total.at[3].add(shift))
+            for name, scored in policy.items()
         }
         after, _ = loss_of(_Completions(moved, title), reference, batch)
         if not np.array_equal(np.asarray(before)[:3], np.asarray(after)[:3]):
@@ -148,7 +156,9 @@ def _examples_meet(
 def weighted_sums(
     losses: jax.Array, metrics: Mapping[str, jax.Array], weight: jax.Array
 ) -> dict[str, jax.Array]:
-    """Sum and weight [2] of the loss and of each metric over the examples; nan in a metric: does not apply."""
+    """Sum and weight [2] of the loss and of each metric over the examples; nan in a metric: does
+    not apply.
+    """
 
     def one(values: jax.Array) -> jax.Array:
         applies = jnp.where(jnp.isnan(values), 0.0, weight)

@@ -17,7 +17,9 @@ from dpo_jax.model import decoder
 
 
 class HeldOut(NamedTuple):
-    """Examples to evaluate on, their layout, and the reference's log-probabilities where they are cached."""
+    """Examples to evaluate on, their layout, and the reference's log-probabilities where they are
+    cached.
+    """
 
     data: tokenise.Tokenised
     plan: pack.Plan
@@ -29,7 +31,8 @@ def preferences(
 ) -> dict[str, float]:
     """Means over all held-out examples, each once: {metric: float}.
 
-    `evaluate` is the jitted `train_step.evaluate` of a scoring: (params, reference, batch, numbers) -> Sums.
+    `evaluate` is the jitted `train_step.evaluate` of a scoring: (params, reference, batch, numbers)
+    -> Sums.
     """
     total: dict[str, np.ndarray] = {}
     for batch in pack.evaluation_batches(held_out.data, held_out.plan):
@@ -66,9 +69,10 @@ def sample(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Metrics of completions sampled from the policy, and the completions as rows.
 
-    `kl` is the mean over samples of log pi(y|x) - log pi_ref(y|x) in nats, an unbiased estimate of the sequence-level
-    KL where temperature is 1 and neither top_k nor top_p is set; `length` is in tokens, `ended` the share that ended
-    with EOS, `repetition` the mean share of a sample's 3-grams that it has had before.
+    `kl` is the mean over samples of log pi(y|x) - log pi_ref(y|x) in nats, an unbiased estimate of
+    the sequence-level KL where temperature is 1 and neither top_k nor top_p is set; `length` is in
+    tokens, `ended` the share that ended with EOS, `repetition` the mean share of a sample's 3-grams
+    that it has had before.
     """
     settings = sampler.settings
     completions = generate.complete(
@@ -100,7 +104,10 @@ def describe(
     """One sample as a row: texts, and its numbers."""
     ended = bool(completion) and completion[-1] == sampler.tokenizer.eos_id
     body = completion[:-1] if ended else completion
-    row = {"prompt": sampler.tokenizer.decode_plain(prompt), "completion": sampler.tokenizer.decode_plain(body)}
+    row = {
+        "prompt": sampler.tokenizer.decode_plain(prompt),
+        "completion": sampler.tokenizer.decode_plain(body),
+    }
     numbers = {
         "kl": log_ratio,
         "length": len(completion),
@@ -140,7 +147,9 @@ def totals(sampler: Sampler, params, data: tokenise.Tokenised, plan: pack.Plan) 
 
 
 def pair_rewards(policy, anchor, batch, *, beta: Any = 1.0):
-    """Stands for a loss where only a pair's rewards are wanted; zeros [N] and the metrics of `losses.pair_metrics`."""
+    """Stands for a loss where only a pair's rewards are wanted; zeros [N] and the metrics of
+    `losses.pair_metrics`.
+    """
     chosen = beta * losses.log_ratio(policy, anchor, "chosen")
     rejected = beta * losses.log_ratio(policy, anchor, "rejected")
     return jnp.zeros_like(chosen), losses.pair_metrics(chosen, rejected)

@@ -1,4 +1,6 @@
-"""What a run reads before its first step: the model, the tokenizer and the tokenised rows, checked against each other."""
+"""What a run reads before its first step: the model, the tokenizer and the tokenised rows, checked
+against each other.
+"""
 
 import os
 from typing import NamedTuple
@@ -21,15 +23,19 @@ class Inputs(NamedTuple):
 
 
 def load(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Inputs:
-    """Reads and checks everything; every cause that can be seen before a step compiles is a ValueError here."""
+    """Reads and checks everything; every cause that can be seen before a step compiles is a
+    ValueError here.
+    """
     sharding.check_batch_size(experiment.batch_size, experiment.microbatches, mesh)
     start = initial.load(experiment.model.source, experiment.model, experiment.seed, mesh)
     words = tokenizer.load_tokenizer(experiment.data, start.tokenizer)
     vocabulary = start.model.config.vocabulary_size
     if words.vocabulary_size > vocabulary:
         raise ValueError(
-            f"the tokenizer {experiment.data.tokenizer or start.tokenizer} has {words.vocabulary_size} tokens and the "
-            f"model {experiment.model.source} a vocabulary of {vocabulary}: give --data.tokenizer or --model.source "
+            f"the tokenizer {experiment.data.tokenizer or start.tokenizer} has "
+            f"{words.vocabulary_size} tokens and the "
+            f"model {experiment.model.source} a vocabulary of {vocabulary}: give --data.tokenizer "
+            "or --model.source "
             "so that they fit"
         )
     train, held_out = tokenise.load(experiment.data, words, experiment.data.examples)
@@ -47,7 +53,8 @@ def load(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Inputs:
     )
     if experiment.samples.count and held_out is None:
         raise ValueError(
-            f"samples.count is {experiment.samples.count}, and there are no held-out prompts to sample from: give "
+            f"samples.count is {experiment.samples.count}, and there are no held-out prompts to "
+            "sample from: give "
             "--data.evaluation-source or --data.held-out"
         )
     return Inputs(start, words, train, held_out, pairs)
@@ -61,13 +68,16 @@ def check_lengths(data: tokenise.Tokenised, positions: int, experiment: config.E
     )
     if longest > positions:
         raise ValueError(
-            f"an example has {longest} tokens and the model {experiment.model.source} {positions} positions: lower "
+            f"an example has {longest} tokens and the model {experiment.model.source} {positions} "
+            "positions: lower "
             f"--data.max-length, now {experiment.data.max_length}"
         )
 
 
 def enable_compile_cache(folder: str) -> None:
-    """Keeps compiled programs on disk, so that the next process with the same shapes starts at once."""
+    """Keeps compiled programs on disk, so that the next process with the same shapes starts at
+    once.
+    """
     os.makedirs(folder, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

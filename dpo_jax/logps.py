@@ -3,7 +3,7 @@
 Dimensions: B rows, L tokens, S scored tokens, N = B * E examples, D width, V vocabulary.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,11 @@ class Logps(NamedTuple):
 def score(model: decoder.Decoder, params, batch: dict) -> dict[str, Logps]:
     """Log-probabilities of every completion under the model, by completion name.
 
-    Reads tokens, example, branch, position [B, L], source, target, slot [B, S] and length {name: [N]}.
+    Reads tokens, example, branch, position [B, L], source, target, slot [B, S] and length {name:
+    [N]}.
     """
     ids = attention.Ids(batch["example"], batch["branch"], batch["position"])
-    hidden = model.apply({"params": params}, batch["tokens"], ids)
+    hidden: Any = model.apply({"params": params}, batch["tokens"], ids)
     hidden = jnp.take_along_axis(hidden, batch["source"][..., None], axis=1)  # [B, S, D]
     tokens = token_logps(hidden, decoder.head(params, model.config), batch["target"])
     names = sorted(batch["length"])
@@ -37,7 +38,8 @@ def score(model: decoder.Decoder, params, batch: dict) -> dict[str, Logps]:
 
 
 def token_logps(hidden: jax.Array, head: jax.Array, target: jax.Array) -> jax.Array:
-    """log p(target) of each scored token: hidden [B, S, D], head [D, V], target [B, S] -> [B, S] float32.
+    """log p(target) of each scored token: hidden [B, S, D], head [D, V], target [B, S] -> [B, S]
+    float32.
 
     Chunks of S, whose logits the backward pass computes again, bound what is held at once.
     """

@@ -1,9 +1,11 @@
-"""The losses. Each maps log-probabilities of completions to one number an example, and says what it means by its name.
+"""The losses. Each maps log-probabilities of completions to one number an example, and says what it
+means by its name.
 
-Dimensions: N examples. `policy` and `reference` map a completion's name to `logps.Logps` (total [N] in nats, length
-[N] in tokens). Totals are sums over the completion's tokens, EOS included, prompt excluded, float32. Every loss
-returns losses [N] and metrics {name: [N]}; a metric is nan where it does not apply to an example. The train step
-takes the mean over the examples of the global batch, whatever the microbatches; slots without an example have weight 0.
+Dimensions: N examples. `policy` and `reference` map a completion's name to `logps.Logps` (total [N]
+in nats, length [N] in tokens). Totals are sums over the completion's tokens, EOS included, prompt
+excluded, float32. Every loss returns losses [N] and metrics {name: [N]}; a metric is nan where it
+does not apply to an example. The train step takes the mean over the examples of the global batch,
+whatever the microbatches; slots without an example have weight 0.
 """
 
 from collections.abc import Mapping
@@ -50,7 +52,8 @@ def batch_mean(values: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
 
 
 def log1mexp(x: jax.Array) -> jax.Array:
-    """log(1 - exp(x)) for x <= 0, value and gradient finite everywhere (x is held at most -1e-6)."""
+    """log(1 - exp(x)) for x <= 0, value and gradient finite everywhere (x is held at most "
+    "-1e-6)."""
     x = jnp.minimum(x, -1e-6)
     near = x > -0.6931472
     return jnp.where(
@@ -68,10 +71,12 @@ def dpo(
     beta: Positive = 0.1,
     label_smoothing: Annotated[float, Interval(ge=0, lt=0.5)] = 0.0,
 ) -> Losses:
-    """-(1-e) log sig(b D) - e log sig(-b D), D the difference of the log-ratios. Eq. 7 of https://arxiv.org/abs/2305.18290.
+    """-(1-e) log sig(b D) - e log sig(-b D), D the difference of the log-ratios. Eq. 7 of
+    https://arxiv.org/abs/2305.18290.
 
-    Token sum; no batch statistics; gradient through the policy only. e > 0 is conservative DPO (cDPO). Defaults are the
-    paper's. Agrees with the original code, TRL (sigmoid) and HALOs. ln 2 where policy equals reference.
+    Token sum; no batch statistics; gradient through the policy only. e > 0 is conservative DPO
+    (cDPO). Defaults are the paper's. Agrees with the original code, TRL (sigmoid) and HALOs. ln 2
+    where policy equals reference.
     """
     chosen = beta * log_ratio(policy, reference, "chosen")
     rejected = beta * log_ratio(policy, reference, "rejected")
@@ -89,10 +94,12 @@ def ipo(
     *,
     beta: Positive = 0.1,
 ) -> Losses:
-    """(D - 1/(2 b))^2, D the difference of the log-ratios per token. Eq. 17 of https://arxiv.org/abs/2310.12036, b its tau.
+    """(D - 1/(2 b))^2, D the difference of the log-ratios per token. Eq. 17 of
+    https://arxiv.org/abs/2310.12036, b its tau.
 
-    Token MEAN of each completion, as its authors confirmed to TRL; agrees with TRL and HALOs. `ipo_sum` is the other
-    reading. No batch statistics; gradient through the policy only. Rewards are b times the mean log-ratio.
+    Token MEAN of each completion, as its authors confirmed to TRL; agrees with TRL and HALOs.
+    `ipo_sum` is the other reading. No batch statistics; gradient through the policy only. Rewards
+    are b times the mean log-ratio.
     """
     chosen = mean_logp(policy, "chosen") - mean_logp(reference, "chosen")
     rejected = mean_logp(policy, "rejected") - mean_logp(reference, "rejected")
@@ -107,10 +114,11 @@ def ipo_sum(
     *,
     beta: Positive = 0.1,
 ) -> Losses:
-    """(D - 1/(2 b))^2, D the difference of the summed log-ratios. Eq. 17 of https://arxiv.org/abs/2310.12036, b its tau.
+    """(D - 1/(2 b))^2, D the difference of the summed log-ratios. Eq. 17 of
+    https://arxiv.org/abs/2310.12036, b its tau.
 
-    Token SUM; agrees with the original DPO repository, EasyLM and OpenRLHF. No batch statistics; gradient through the
-    policy only.
+    Token SUM; agrees with the original DPO repository, EasyLM and OpenRLHF. No batch statistics;
+    gradient through the policy only.
     """
     chosen = log_ratio(policy, reference, "chosen")
     rejected = log_ratio(policy, reference, "rejected")
@@ -128,11 +136,13 @@ def kto(
     lambda_desirable: Positive = 1.0,
     lambda_undesirable: Positive = 1.0,
 ) -> Losses:
-    """w_D (1 - sig(b (r - z))) where desirable, w_U (1 - sig(b (z - r))) where not. https://arxiv.org/abs/2402.01306.
+    """w_D (1 - sig(b (r - z))) where desirable, w_U (1 - sig(b (z - r))) where not.
+    https://arxiv.org/abs/2402.01306.
 
-    r is the completion's summed log-ratio. z = max(0, mean of the mismatched completions' log-ratios) estimates
-    KL(policy, reference); it has no gradient. Its mean is over what `Experiment.statistics` says: the global batch (the
-    default) or each microbatch, as TRL does. w_D n_D / (w_U n_U) should lie in [1, 4/3]. Agrees with TRL and HALOs.
+    r is the completion's summed log-ratio. z = max(0, mean of the mismatched completions'
+    log-ratios) estimates KL(policy, reference); it has no gradient. Its mean is over what
+    `Experiment.statistics` says: the global batch (the default) or each microbatch, as TRL does.
+    w_D n_D / (w_U n_U) should lie in [1, 4/3]. Agrees with TRL and HALOs.
     """
     ratio = log_ratio(policy, reference, "completion")
     z = jax.lax.stop_gradient(
@@ -155,11 +165,13 @@ def kto(
 def orpo(
     policy: Completions, reference: None, batch: Mapping[str, jax.Array], *, lam: NonNegative = 0.1
 ) -> Losses:
-    """-m_w - lambda log sig(log odds(m_w) - log odds(m_l)), m the mean log-probability. https://arxiv.org/abs/2403.07691.
+    """-m_w - lambda log sig(log odds(m_w) - log odds(m_l)), m the mean log-probability.
+    https://arxiv.org/abs/2403.07691.
 
-    odds(m) = p / (1 - p) with p = exp(m). No reference. The NLL is over the completion's tokens alone, as LLaMA-Factory
-    has it (the authors, TRL and tunix take prompt and completion), a mean over tokens and then over examples. No batch
-    statistics. Default lambda is the paper's. Rewards are lambda m.
+    odds(m) = p / (1 - p) with p = exp(m). No reference. The NLL is over the completion's tokens
+    alone, as LLaMA-Factory has it (the authors, TRL and tunix take prompt and completion), a mean
+    over tokens and then over examples. No batch statistics. Default lambda is the paper's. Rewards
+    are lambda m.
     """
     chosen, rejected = mean_logp(policy, "chosen"), mean_logp(policy, "rejected")
     log_odds_ratio = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
@@ -171,8 +183,10 @@ def orpo(
 
 
 def sft(policy: Completions, reference: None, batch: Mapping[str, jax.Array]) -> Losses:
-    """-m: negative mean log-probability of the completion's tokens, then the mean over examples. No reference.
+    """-m: negative mean log-probability of the completion's tokens, then the mean over examples. No
+    reference.
 
-    TRL and Hugging Face take the mean over the tokens of the batch instead, which weights long completions more.
+    TRL and Hugging Face take the mean over the tokens of the batch instead, which weights long
+    completions more.
     """
     return -mean_logp(policy, "completion"), {}

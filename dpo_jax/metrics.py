@@ -1,4 +1,6 @@
-"""Metrics to metrics.jsonl, TensorBoard and wandb; a progress bar; the check that the loss is finite."""
+"""Metrics to metrics.jsonl, TensorBoard and wandb; a progress bar; the check that the loss is
+finite.
+"""
 
 import json
 import math
@@ -14,7 +16,9 @@ JSONL = "metrics.jsonl"
 
 
 def cut(folder: str, step: int) -> None:
-    """Drops the lines after a step, which a resumed run writes again, and a line that was cut short."""
+    """Drops the lines after a step, which a resumed run writes again, and a line that was cut
+    short.
+    """
     path = paths.join(folder, JSONL)
     if paths.exists(path):
         kept = [line for line in paths.read_text(path).splitlines() if _step_of(line) <= step]
@@ -60,7 +64,9 @@ class Writer:
             self._wandb = start_wandb(log.wandb_project, folder, run_config)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One line: the step, then its metrics. Raises FloatingPointError where the loss is not finite."""
+        """One line: the step, then its metrics. Raises FloatingPointError where the loss is not
+        finite.
+        """
         self._lines.append(json.dumps({"step": step, **values}))
         if self._board is not None:
             for name, value in values.items():
@@ -71,7 +77,8 @@ class Writer:
         if not math.isfinite(values.get("loss", 0.0)):
             self.flush()
             raise FloatingPointError(
-                f"loss is {values['loss']} at step {step}: lower --optimizer.learning-rate, or look at the batch "
+                f"loss is {values['loss']} at step {step}: lower --optimizer.learning-rate, or "
+                "look at the batch "
                 "(scripts.show); the last checkpoint is untouched"
             )
 
@@ -103,7 +110,9 @@ class Writer:
 
 
 class _Appender:
-    """Lines to a file that grows. Object stores cannot append, so there a flush writes the whole file."""
+    """Lines to a file that grows. Object stores cannot append, so there a flush writes the whole
+    file.
+    """
 
     def __init__(self, path: str):
         self._path = path

@@ -1,4 +1,6 @@
-"""Config to optax. The learning rate stays outside, a traced number of the step, so that changing it compiles nothing."""
+"""Config to optax. The learning rate stays outside, a traced number of the step, so that changing
+it compiles nothing.
+"""
 
 from collections.abc import Callable
 
@@ -71,8 +73,8 @@ def check(optimizer: config.Optimizer) -> None:
 def make_schedule(optimizer: config.Optimizer, steps: int) -> Callable[[jax.Array], jax.Array]:
     """Step (0 for the first update) to the share of the peak learning rate.
 
-    Rises linearly over warmup_steps (the first update has share 1 / warmup_steps); then constant, linear or cosine to 0
-    at the last step, or sqrt(warmup / step).
+    Rises linearly over warmup_steps (the first update has share 1 / warmup_steps); then constant,
+    linear or cosine to 0 at the last step, or sqrt(warmup / step).
     """
     warmup = optimizer.warmup_steps
     if warmup >= steps and warmup > 0:

@@ -1,4 +1,5 @@
-"""Where a loss's reference log-probabilities come from: a second model, a table that was computed once, or nowhere.
+"""Where a loss's reference log-probabilities come from: a second model, a table that was computed
+once, or nowhere.
 
 Dimensions: N examples of a batch or of the data.
 """
@@ -67,7 +68,8 @@ def load_table(
     plan: pack.Plan,
     mesh,
 ) -> Table:
-    """Total log-probability of every completion of the data, {name: float32 [N]}, computed once and kept on disk.
+    """Total log-probability of every completion of the data, {name: float32 [N]}, computed once and
+    kept on disk.
 
     Kept under a hash of the weights, the tokenised data, the model's config and the compute type.
     """

@@ -1,7 +1,10 @@
-"""The mesh, and one table from logical axes to mesh axes for parameters, moments, reference and batch."""
+"""The mesh, and one table from logical axes to mesh axes for parameters, moments, reference and
+batch.
+"""
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,13 +28,16 @@ RULES: dict[str, str | None] = {
 BATCH_AXES = ("data", "fsdp")
 
 
-def make_mesh(axes: config.Mesh, devices: Sequence[jax.Device]) -> Mesh:
-    """The mesh data x fsdp x tensor over the devices; ValueError where the product is not their number."""
+def make_mesh(axes: config.Mesh, devices: Sequence[Any]) -> Mesh:
+    """The mesh data x fsdp x tensor over the devices; ValueError where the product is not their
+    number.
+    """
     fsdp = axes.fsdp if axes.fsdp is not None else len(devices) // (axes.data * axes.tensor)
     shape = (axes.data, fsdp, axes.tensor)
     if math.prod(shape) != len(devices):
         raise ValueError(
-            f"mesh.data {axes.data} x mesh.fsdp {fsdp} x mesh.tensor {axes.tensor} = {math.prod(shape)} devices, and "
+            f"mesh.data {axes.data} x mesh.fsdp {fsdp} x mesh.tensor {axes.tensor} = "
+            f"{math.prod(shape)} devices, and "
             f"there are {len(devices)}: change --mesh.data, --mesh.fsdp or --mesh.tensor"
         )
     return jax.make_mesh(
@@ -51,16 +57,18 @@ def check_batch_size(batch_size: int, microbatches: int, mesh: Mesh) -> None:
     if batch_size % parts:
         lower = batch_size // parts * parts
         raise ValueError(
-            f"batch_size {batch_size} does not divide over {shards} batch shards (data x fsdp) x {microbatches} "
-            f"microbatches = {parts} parts: take {f'{lower} or ' if lower else ''}{lower + parts}, or more tensor shards"
+            f"batch_size {batch_size} does not divide over {shards} batch shards (data x fsdp) x "
+            f"{microbatches} "
+            f"microbatches = {parts} parts: take {f'{lower} or ' if lower else ''}{lower + parts}, "
+            "or more tensor shards"
         )
 
 
 def parameters(params, mesh: Mesh):
     """Sharding of each parameter: a tree like params (arrays or shapes).
 
-    An axis that its mesh axis does not divide stays whole. ValueError names a parameter without a rule or with one mesh
-    axis twice.
+    An axis that its mesh axis does not divide stays whole. ValueError names a parameter without a
+    rule or with one mesh axis twice.
     """
 
     def place(path, leaf, axes: tuple[str, ...]):
@@ -68,7 +76,8 @@ def parameters(params, mesh: Mesh):
         used = [name for name in names if name is not None]
         if len(used) != len(set(used)):
             raise ValueError(
-                f"parameter {jax.tree_util.keystr(path)} with axes {axes} would use a mesh axis twice"
+                f"parameter {jax.tree_util.keystr(path)} with axes {axes} would use a mesh axis "
+                "twice"
             )
         fitting = [
             n if n and size % mesh.shape[n] == 0 else None
@@ -95,7 +104,9 @@ def with_shardings(shapes, mesh: Mesh):
 
 
 def like_parameters(tree, params, shardings, mesh: Mesh):
-    """Shardings for optimizer state: that of the parameter where path end and shape agree, else replicated."""
+    """Shardings for optimizer state: that of the parameter where path end and shape agree, else
+    replicated.
+    """
     by_path = {
         (jax.tree_util.keystr(path), leaf.shape): sharding
         for (path, leaf), sharding in zip(

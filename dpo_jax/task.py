@@ -1,7 +1,9 @@
-"""Prepares the built-in task: its corpus, the SFT model, and preference pairs sampled from that model.
+"""Prepares the built-in task: its corpus, the SFT model, and preference pairs sampled from that
+model.
 
-Each is made once and kept in the cache under a hash of all that it depends on. What comes out is a config whose
-sources are files and folders like anybody's, so that nothing after this module knows of the task.
+Each is made once and kept in the cache under a hash of all that it depends on. What comes out is a
+config whose sources are files and folders like anybody's, so that nothing after this module knows
+of the task.
 """
 
 import dataclasses
@@ -62,7 +64,8 @@ def prepare(experiment: config.Experiment) -> config.Experiment:
         return experiment
     if not paths.is_local(paths.cache_folder()):
         raise ValueError(
-            f"the built-in task needs a cache on local disk, and DPO_JAX_CACHE is {paths.cache_folder()}"
+            "the built-in task needs a cache on local disk, and DPO_JAX_CACHE is "
+            f"{paths.cache_folder()}"
         )
     task = experiment.task
     corpus = make_corpus(task)
@@ -123,7 +126,9 @@ def make_sft(task: config.Task) -> Path:
 
 
 def make_pairs(task: config.Task, source: str) -> Path:
-    """Folder of pairs for training and evaluation, sampled from a model and ranked by the ground-truth reward."""
+    """Folder of pairs for training and evaluation, sampled from a model and ranked by the
+    ground-truth reward.
+    """
     devices = sharding.make_mesh(config.Mesh(), jax.devices())
     model = initial.load(source, config.Model(dtype="float32"), task.seed, devices)
     sizes = [
@@ -137,7 +142,8 @@ def make_pairs(task: config.Task, source: str) -> Path:
     with filelock.FileLock(f"{folder}.lock"):
         if not (folder / "train.jsonl").exists():
             print(
-                f"sampling {task.completions} completions of {task.prefixes} prefixes, once: {folder}"
+                f"sampling {task.completions} completions of {task.prefixes} prefixes, once: "
+                f"{folder}"
             )
             prefixes = builtin.prefixes(task.prefixes + task.held_out_prefixes, task.seed)
             rows = sample_pairs(task, model, prefixes, devices)
@@ -174,7 +180,9 @@ def sample_pairs(
     for number, prefix in enumerate(prefixes):
         own = sampled[number * task.completions : (number + 1) * task.completions]
         texts = [
-            words.decode_plain(tokens[:-1]) for tokens in own if tokens and tokens[-1] == words.eos_id
+            words.decode_plain(tokens[:-1])
+            for tokens in own
+            if tokens and tokens[-1] == words.eos_id
         ]
         rows += builtin.rank_pairs(prefix, texts, task.pairs_per_prefix, random)
     return rows

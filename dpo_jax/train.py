@@ -1,4 +1,6 @@
-"""One run, from its folder to its last step. What it runs on is put together in `assemble`, the step in `train_step`."""
+"""One run, from its folder to its last step. What it runs on is put together in `assemble`, the
+step in `train_step`.
+"""
 
 import collections
 import concurrent.futures
@@ -38,8 +40,9 @@ AHEAD = 2
 def train(experiment: config.Experiment, experiment_file: str | Path) -> None:
     """Trains, or goes on with, the run in experiment.workdir; one that is DONE is left as it is.
 
-    Raises ValueError for bad input, before the first step where it can be seen, and FloatingPointError when the loss
-    stops being finite. SIGTERM saves a checkpoint and exits with status 143.
+    Raises ValueError for bad input, before the first step where it can be seen, and
+    FloatingPointError when the loss stops being finite. SIGTERM saves a checkpoint and exits with
+    status 143.
     """
     folder = find_folder(experiment)
     if paths.exists(paths.join(folder, DONE)):
@@ -175,7 +178,7 @@ def evaluation(
     numbers = run.numbers["loss"]
     if run.held_out is not None:
         found |= evaluate.preferences(
-            run.evaluate, state.params, run.reference, run.held_out, run.mesh, numbers
+            run.evaluate_loss, state.params, run.reference, run.held_out, run.mesh, numbers
         )
     if run.held_out_pairs is not None:
         beta = {name: number for name, number in numbers.items() if name == "beta"}
@@ -195,7 +198,9 @@ def evaluation(
 
 
 def batches(run: assemble.Run, first: int) -> Iterator[tuple[int, dict, dict[str, float]]]:
-    """Step, batch on the mesh and facts about it, for the steps that are left, made AHEAD by a thread."""
+    """Step, batch on the mesh and facts about it, for the steps that are left, made AHEAD by a
+    thread.
+    """
     data, plan, table = run.train
 
     def make(step: int) -> tuple[dict, dict[str, float]]:
@@ -219,23 +224,29 @@ def batches(run: assemble.Run, first: int) -> Iterator[tuple[int, dict, dict[str
 
 
 def check_identity(run: assemble.Run, deviation: float) -> None:
-    """Raises ValueError where policy and reference start with the same weights and score differently."""
+    """Raises ValueError where policy and reference start with the same weights and score
+    differently.
+    """
     tolerance = TOLERANCE[np.dtype(run.model.dtype).name]
     if not assemble.is_initial(run.experiment) or math.isnan(deviation) or deviation <= tolerance:
         return
     cause = (
-        "the cached log-probabilities are of other weights or rows: remove the cache's folder reference/"
+        "the cached log-probabilities are of other weights or rows: remove the cache's folder "
+        "reference/"
         if run.experiment.reference.cached
         else "policy and reference are not computed alike"
     )
     raise ValueError(
-        f"at step 0 policy and reference have the same weights, and their log-probabilities differ by up to "
+        "at step 0 policy and reference have the same weights, and their log-probabilities differ "
+        "by up to "
         f"{deviation:.3g} nats a token (at most {tolerance:g} is expected): {cause}"
     )
 
 
 def catch_sigterm() -> threading.Event:
-    """An event that SIGTERM sets, which a preempted machine gets; unset for ever outside of the main thread."""
+    """An event that SIGTERM sets, which a preempted machine gets; unset for ever outside of the
+    main thread.
+    """
     stop = threading.Event()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: stop.set())

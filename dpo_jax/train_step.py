@@ -53,9 +53,9 @@ def make_train_step(
 ) -> Callable:
     """step(state, reference, batch, numbers) -> (state, metrics {name: float32 scalar}).
 
-    `numbers` is {"loss": the loss's floats, "learning_rate": peak}, traced, so that no value of them compiles anew.
-    `accumulate` is `whole`, or what `make_microbatched` or `make_two_pass` returns. The metric `deviation` is the
-    largest log-ratio per token before the update.
+    `numbers` is {"loss": the loss's floats, "learning_rate": peak}, traced, so that no value of
+    them compiles anew. `accumulate` is `whole`, or what `make_microbatched` or `make_two_pass`
+    returns. The metric `deviation` is the largest log-ratio per token before the update.
     """
 
     def step(state: TrainState, reference, batch: dict, numbers: dict) -> tuple[TrainState, dict]:
@@ -142,8 +142,8 @@ def make_microbatched(microbatches: int) -> Callable:
 def make_two_pass(microbatches: int) -> Callable:
     """Accumulation for statistics of the global batch: exact for any loss.
 
-    Scores all microbatches without residuals, differentiates the loss once with respect to the log-probabilities, and
-    backpropagates each microbatch with those cotangents.
+    Scores all microbatches without residuals, differentiates the loss once with respect to the
+    log-probabilities, and backpropagates each microbatch with those cotangents.
     """
 
     def accumulate(

@@ -1,0 +1,1 @@
+"""One file a run: experiment(), optionally sweep(), optionally a new loss."""

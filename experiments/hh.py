@@ -1,8 +1,10 @@
-"""DPO on Anthropic's HH dialogues, the set-up of https://arxiv.org/abs/2305.18290, section 6, at a small scale.
+"""DPO on Anthropic's HH dialogues, the set-up of https://arxiv.org/abs/2305.18290, section 6, at a
+small scale.
 
-python -m scripts.train experiments/hh.py --workdir runs/hh --data.source hh_train.jsonl.gz --data.tokenizer TOKENIZER
-The paper's run: Pythia-2.8B, batch 64, beta 0.1, RMSprop at 1e-6 with 150 warm-up steps, 512 tokens, prompts up to 256.
-Here the model is a small one with random weights. Hardware, hours, held-out accuracy: not measured yet.
+python -m scripts.train experiments/hh.py --workdir runs/hh --data.source hh_train.jsonl.gz
+--data.tokenizer TOKENIZER The paper's run: Pythia-2.8B, batch 64, beta 0.1, RMSprop at 1e-6 with
+150 warm-up steps, 512 tokens, prompts up to 256. Here the model is a small one with random weights.
+Hardware, hours, held-out accuracy: not measured yet.
 """
 
 from dpo_jax import config, losses

@@ -1,4 +1,5 @@
-"""KTO on the built-in task (https://arxiv.org/abs/2402.01306): each pair is one desirable and one undesirable example.
+"""KTO on the built-in task (https://arxiv.org/abs/2402.01306): each pair is one desirable and one
+undesirable example.
 
 python -m scripts.train experiments/kto.py --workdir runs/kto
 Hardware: two CPU cores. Hours, reward and KL: not measured yet.

@@ -1,4 +1,5 @@
-"""SFT on the built-in task: a small Llama learns to write film reviews, the start of every other run.
+"""SFT on the built-in task: a small Llama learns to write film reviews, the start of every other
+run.
 
 The 'Preferred-FT' and SFT stage of https://arxiv.org/abs/2305.18290, section 6.
 

@@ -1,0 +1,1 @@
+"""Rows of any source to packed batches. Imports no jax."""

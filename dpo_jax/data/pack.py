@@ -1,7 +1,8 @@
-"""Examples to fixed-shape rows: prefix-shared, packed, a pure function of (data, seed, step, parts).
+"""Examples to fixed-shape rows: prefix-shared, packed, a pure function of (data, seed, step,
+parts).
 
-Dimensions: B rows, L tokens of a row, S scored tokens of a row, E examples of a row at most, C completions of an
-example, N = B * E slots for examples.
+Dimensions: B rows, L tokens of a row, S scored tokens of a row, E examples of a row at most, C
+completions of an example, N = B * E slots for examples.
 """
 
 import dataclasses
@@ -40,7 +41,9 @@ class Plan:
 
 
 class Sizes(NamedTuple):
-    """Tokens that each example takes in a row (int64 [N]), and how many of them are scored (int64 [N])."""
+    """Tokens that each example takes in a row (int64 [N]), and how many of them are scored (int64
+    [N]).
+    """
 
     tokens: np.ndarray
     scored: np.ndarray
@@ -59,7 +62,9 @@ def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def step_examples(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """Examples [step b, (step + 1) b) of the epochs' orders, end to end: int64 [b]. A step may straddle epochs."""
+    """Examples [step b, (step + 1) b) of the epochs' orders, end to end: int64 [b]. A step may
+    straddle epochs.
+    """
     first, last = step * batch_size, (step + 1) * batch_size
     epochs = range(first // count, (last - 1) // count + 1)
     order = np.concatenate([permutation(count, seed, epoch) for epoch in epochs])
@@ -101,14 +106,16 @@ def _fit(shape: Shape, steps: list[Sizes], parts: int) -> tuple[float, tuple[Sha
     needed = np.array([_round_up(len(assign(step, shape)), parts) for step in steps])
     ladders = [_rungs(needed, count) for count in range(1, LADDER + 1)]
     best = min(mean for _, mean in ladders)
-    rungs, mean = next(l for l in ladders if l[1] <= best * (1 + WORTH_A_SHAPE))
+    rungs, mean = next(ladder for ladder in ladders if ladder[1] <= best * (1 + WORTH_A_SHAPE))
     # a body token costs about as much as a scored one; attention makes long rows dearer
     cost = mean * (shape.tokens * (1 + shape.tokens / 2048) + shape.scored)
     return float(cost), tuple(shape._replace(rows=int(rung)) for rung in rungs)
 
 
 def _rungs(needed: np.ndarray, count: int) -> tuple[np.ndarray, float]:
-    """At most `count` numbers of rows that hold every step, and the mean over the steps of that used."""
+    """At most `count` numbers of rows that hold every step, and the mean over the steps of that
+    used.
+    """
     quantiles = np.linspace(1 / count, 1, count)
     rungs = np.unique(np.quantile(needed, quantiles, method="higher"))
     return rungs, float(rungs[np.searchsorted(rungs, needed)].mean())
@@ -141,7 +148,9 @@ def assign(step: Sizes, shape: Shape) -> list[list[int]]:
 
 
 def batch(data: tokenise.Tokenised, plan: Plan, step: int) -> dict:
-    """The batch of a training step, as `docs/design.md` lists it, NumPy arrays, and `index` int32 [N] beside it."""
+    """The batch of a training step, as `docs/design.md` lists it, NumPy arrays, and `index` int32
+    [N] beside it.
+    """
     return pack(data, plan, step_examples(len(data.prompts), plan.batch_size, plan.seed, step))
 
 

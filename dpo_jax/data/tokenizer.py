@@ -107,7 +107,7 @@ class Tokenizer:
         return text if text and "\ufffd" not in text else str(self.backend.id_to_token(int(id)))
 
     def save(self, folder: str) -> None:
-        """Writes a folder from which load_tokenizer, without further choices, gives this tokenizer."""
+        """Writes a folder from which load_tokenizer, given no choices, gives this tokenizer."""
         backend = type(self.backend).from_str(self.backend.to_str())
         if self.bos_id is not None and own_bos(self.fast) != self.bos_id:
             bos = str(backend.id_to_token(self.bos_id))
