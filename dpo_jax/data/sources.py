@@ -226,7 +226,7 @@ def read_tfds(source: str, split: str) -> Rows:
             "version, such as "
             "DATA_DIR/NAME/1.0.0"
         )
-    builder = tfds.builder_from_directory(folder)
+    builder: Any = tfds.builder_from_directory(folder)
     written = builder.info.file_format.value if builder.info.file_format else "unknown"
     if written != "array_record":
         raise ValueError(
