@@ -152,11 +152,12 @@ def test_rewards_stay_within_bounds(rewards):
     assert builtin.reward("", "the plot was superb and brilliant .") == 1.0
 
 
-def test_every_clause_of_the_corpus_parses(reviews):
+def test_every_clause_of_the_corpus_parses_and_comes_once(reviews):
     for review in reviews:
         clauses = [clause.strip() for clause in builtin.CLAUSE_END.split(review)]
         assert clauses[-1] == ""
         first = 1 if review.startswith("although") else 0
+        assert len(set(clauses[first:-1])) == len(clauses[first:-1]), review
         for clause in clauses[first:-1]:
             assert grammar.parses(clause), clause
 

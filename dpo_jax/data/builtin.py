@@ -20,7 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from dpo_jax.data import builtin_grammar as grammar
 
 # Part of content hashes: goes up with every change of the grammar, the reward or the tokenizer.
-VERSION = 1
+VERSION = 2
 # Fewest and most words and marks of a review, and of a prefix.
 REVIEW_WORDS = (8, 45)
 PREFIX_WORDS = (2, 8)
@@ -121,7 +121,10 @@ def write_sentence(
 
 
 def write_review(rng: np.random.Generator) -> str:
-    """A random review of one to four sentences, whose clauses follow its leaning by chance."""
+    """A random review of one to four sentences, without a repeated clause.
+
+    Its clauses follow the review's leaning by chance.
+    """
     names = list(grammar.TOPICS)
     while True:
         leaning = rng.beta(0.5, 0.5)
@@ -139,7 +142,9 @@ def write_review(rng: np.random.Generator) -> str:
             else:
                 sentences.append(write_sentence(topics, leaning, last=last, rng=rng))
         text = " ".join(sentences)
-        if REVIEW_WORDS[0] <= text.count(" ") + 1 <= REVIEW_WORDS[1]:
+        clauses = [part for part in map(str.strip, CLAUSE_END.split(text)) if part]
+        fits = REVIEW_WORDS[0] <= text.count(" ") + 1 <= REVIEW_WORDS[1]
+        if fits and len(set(clauses)) == len(clauses):
             return text
 
 
