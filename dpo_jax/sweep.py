@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from dpo_jax import config, flags, paths
 
+PREPARED = ("model.source:", "data.source:", "data.evaluation_source:", "data.tokenizer:")
 LONGEST_NAME = 200  # bytes; file systems allow 255
 
 
@@ -214,6 +215,9 @@ def refuse_another_run(point: Point) -> None:
     """Raises ValueError where a finished folder holds a run of another config than the point's."""
     folder = str(point.experiment.workdir)
     differences = flags.compare(flags.load_run(folder), point.experiment)
+    if "builtin" in (point.experiment.data.source, point.experiment.model.source):
+        # the built-in task has put the files that it made in their place
+        differences = [line for line in differences if not line.startswith(PREPARED)]
     if differences:
         listed = "; ".join(differences)
         raise ValueError(f"{folder} holds a finished run of another config: {listed}")

@@ -3,20 +3,22 @@
 python -m scripts.sweep experiments/dpo.py --workdir ROOT [--list | --index i | --shard i/n] [flags]
 """
 
-import importlib
 import sys
+from collections.abc import Callable
 
 from dpo_jax import sweep
 
 
 def main() -> int:
     """The process's exit code: 1 where a point failed, 2 for a wrong command line."""
-    return sweep.main(
-        sys.argv[1:],
-        "python -m scripts.sweep",
-        # imported by then only: it imports jax
-        lambda: importlib.import_module("dpo_jax.run").run,
-    )
+    return sweep.main(sys.argv[1:], "python -m scripts.sweep", make_train)
+
+
+def make_train() -> Callable[..., None]:
+    """The function that trains a point, imported now: it imports jax."""
+    from dpo_jax import task
+
+    return task.run
 
 
 if __name__ == "__main__":

@@ -328,7 +328,15 @@ def test_a_folder_without_config_is_no_run_folder(tmp_path):
 
 def test_a_config_that_is_not_a_runs_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"config\.json is not the config\.json of a run"):
+    with pytest.raises(
+        ValueError, match=r"config\.json is not the config\.json of a run: it has no field exp"
+    ):
+        flags.load_run(str(tmp_path))
+
+
+def test_a_config_that_is_not_json_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not JSON: Expecting"):
         flags.load_run(str(tmp_path))
 
 

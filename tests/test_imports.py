@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -187,6 +188,17 @@ def test_nothing_but_scripts_and_tests_imports_scripts_or_tests():
         if not within(name, ("scripts", "tests")):
             wrong = [module for module in GRAPH[name] if within(module, ("scripts", "tests"))]
             assert not wrong, f"{name} imports {wrong}"
+
+
+def test_every_package_that_is_imported_is_required():
+    listed = (ROOT / "requirements.txt").read_text() + (ROOT / "pyproject.toml").read_text()
+    names = {re.split(r"[\[>=]", word)[0].lower() for word in re.findall(r'[^\s",]+', listed)}
+    used = {module.partition(".")[0] for name in MODULES for module in GRAPH[name]}
+    used -= {*FOLDERS, *sys.stdlib_module_names}
+    distributions = {"orbax": "orbax-checkpoint", "google": "protobuf"}
+    packages = {distributions.get(name, name.replace("_", "-")).lower() for name in used}
+    missing = packages - {name.replace("_", "-") for name in names}
+    assert not missing, f"neither requirements.txt nor pyproject.toml names {sorted(missing)}"
 
 
 def test_no_module_has_a_name_that_says_nothing():

@@ -217,6 +217,18 @@ def test_a_finished_folder_of_another_config_is_a_failure(file, root):
     assert "another config: steps: 10 in the folder, 20 now" in failures[0].reason
 
 
+def test_files_that_the_built_in_task_has_made_are_no_other_config(file, root):
+    def train(experiment: config.Experiment, experiment_file: Path) -> None:
+        made = {"data.source": "made.jsonl", "data.tokenizer": "made", "model.source": "sft"}
+        Trainer()(config.override(experiment, made), experiment_file)
+
+    chosen = points(file, root, "--index", "0")
+    assert sweep.run(chosen, train) == []
+    assert sweep.run(chosen, train) == []
+    named = points(file, root, "--index", "0", "--data.source", "x", "--model.source", "y")
+    assert "data.source: made.jsonl in the folder, x now" in sweep.run(named, train)[0].reason
+
+
 def test_the_listing_has_index_status_and_name(file, root):
     sweep.run(points(file, root, "--index", "0"), Trainer())
     sweep.run(points(file, root, "--index", "3"), Trainer(ValueError(), at=NAMES[3]))
