@@ -96,7 +96,8 @@ def test_transcripts_of_which_one_goes_on_part_at_their_last_common_answer():
 def test_text_before_the_first_turn_is_part_of_the_prompt():
     chosen = "Be kind." + hh(("Human", " q"), ("Assistant", " a"))
     rejected = "Be kind." + hh(("Human", " q"), ("Assistant", " b"))
-    assert one({"chosen": chosen, "rejected": rejected}).prompt.startswith("Be kind.\n\nHuman: q")
+    example = one({"chosen": chosen, "rejected": rejected})
+    assert example.prompt == "Be kind.\n\nHuman: q\n\nAssistant:"
 
 
 @pytest.mark.parametrize(
@@ -320,10 +321,11 @@ def test_every_pair_of_hh_is_counted_and_gives_its_transcripts_back(shared):
     assert drops == {"empty completion": 2}
     for example in found:
         line = lines[int(example.where.rpartition(":")[2]) - 1]
-        assert example.prompt.endswith("\n\nAssistant:")
+        assert str(example.prompt).endswith("\n\nAssistant:")
         for name in ("chosen", "rejected"):
-            assert example.prompt + example.completions[name] == line[name]
-            assert "\n\nHuman:" not in example.completions[name]
+            completion = str(example.completions[name])
+            assert str(example.prompt) + completion == line[name]
+            assert "\n\nHuman:" not in completion
 
 
 def test_hh_prompts_end_at_the_last_assistant_marker_and_answers_keep_common_first_words(shared):
@@ -338,7 +340,7 @@ def test_hh_prompts_end_at_the_last_assistant_marker_and_answers_keep_common_fir
             continue
         example = by_line[rows.where(i)]
         assert example.prompt == rows[i]["chosen"][: ends["chosen"]]
-        firsts = {text.split()[0] for text in example.completions.values()}
+        firsts = {str(text).split()[0] for text in example.completions.values()}
         seen["alike"] += len(firsts) == 1
     # 4 rows with repeated Assistant turns and 2 with an empty answer
     assert seen["apart"] == 6 and seen["alike"] > 0

@@ -178,7 +178,7 @@ def test_an_endpoint_that_nothing_answers_at_is_unreachable(monkeypatch):
 
 
 def test_local_files_only_is_undone_also_after_an_error():
-    import huggingface_hub.constants as constants
+    from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
     with pytest.raises(KeyError), hub.local_files_only():

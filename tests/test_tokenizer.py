@@ -1,12 +1,13 @@
 import json
+from typing import Any
 
 import pytest
 import tokenizers
 import transformers
 
 from dpo_jax import config, paths
-from dpo_jax.data import hub
-from dpo_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dpo_jax.data import hub, tokenizer
+from dpo_jax.data.tokenizer import Tokenizer
 
 CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>\n{% endfor %}"
@@ -135,23 +136,26 @@ def test_blanks_before_eos_are_kept_and_without_eos_too():
 
 def test_a_folder_with_tokenizer_json_alone_needs_eos_token_to_be_named(folder):
     with pytest.raises(ValueError) as error:
-        load_tokenizer(config.Data(tokenizer=folder), None)
+        tokenizer.load_tokenizer(config.Data(tokenizer=folder), None)
     for part in ("data.eos_token", "--data.eos-token", "'<s>', '</s>'"):
         assert part in str(error.value)
-    words = load_tokenizer(config.Data(tokenizer=folder, eos_token="</s>"), None)
+    words = tokenizer.load_tokenizer(config.Data(tokenizer=folder, eos_token="</s>"), None)
     assert words.eos_id == 257 and words.bos_id is None and words.pad_id == 0
 
 
 def test_a_tokenizer_json_file_and_the_fallback_folder_load_alike(folder):
     data = config.Data(eos_token="</s>")
     file = config.Data(tokenizer=f"{folder}/tokenizer.json", eos_token="</s>")
-    assert load_tokenizer(data, folder).fingerprint == load_tokenizer(file, "absent").fingerprint
+    assert (
+        tokenizer.load_tokenizer(data, folder).fingerprint
+        == tokenizer.load_tokenizer(file, "absent").fingerprint
+    )
 
 
 def test_a_saved_transformers_tokenizer_brings_its_special_tokens_and_template(tmp_path):
     fast = wrap(bytes_backend(adds_bos=True), eos_token="</s>", chat_template=CHATML)
     fast.save_pretrained(str(tmp_path))
-    words = load_tokenizer(config.Data(), str(tmp_path))
+    words = tokenizer.load_tokenizer(config.Data(), str(tmp_path))
     assert (words.bos_id, words.eos_id, words.chat_template) == (256, 257, CHATML)
 
 
@@ -160,13 +164,13 @@ def test_a_folder_of_another_file_system_is_read_through_paths(folder):
         "memory://tokenizer/tokenizer.json", paths.read_text(f"{folder}/tokenizer.json")
     )
     data = config.Data(tokenizer="memory://tokenizer", eos_token="</s>")
-    assert load_tokenizer(data, None).encode("ab") == make().encode("ab")
+    assert tokenizer.load_tokenizer(data, None).encode("ab") == make().encode("ab")
 
 
 def test_a_saved_tokenizer_needs_no_choices_to_be_loaded_as_it_was(tmp_path):
     words = make(bos_token="<s>", chat_template=CHATML)
     words.save(str(tmp_path))
-    loaded = load_tokenizer(config.Data(), str(tmp_path))
+    loaded = tokenizer.load_tokenizer(config.Data(), str(tmp_path))
     assert (loaded.bos_id, loaded.eos_id) == (256, 257)
     assert loaded.encode_prompt("ab") == words.encode_prompt("ab")
     messages = [{"role": "user", "content": "hi"}]
@@ -175,28 +179,28 @@ def test_a_saved_tokenizer_needs_no_choices_to_be_loaded_as_it_was(tmp_path):
 
 @pytest.mark.parametrize("field", ["eos_token", "bos_token"])
 def test_a_special_token_outside_the_vocabulary_is_named_with_the_likely_ones(folder, field):
-    choices = {"eos_token": "</s>", field: "<end>"}
+    choices: dict[str, Any] = {"eos_token": "</s>", field: "<end>"}
     with pytest.raises(ValueError) as error:
-        load_tokenizer(config.Data(tokenizer=folder, **choices), None)
+        tokenizer.load_tokenizer(config.Data(tokenizer=folder, **choices), None)
     for part in (f"data.{field}", "'<end>' is not in", f"--data.{field[:3]}-token", "'</s>'"):
         assert part in str(error.value)
 
 
 def test_no_tokenizer_and_one_that_is_not_there_say_what_to_give(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--data.tokenizer"):
-        load_tokenizer(config.Data(), None)
+        tokenizer.load_tokenizer(config.Data(), None)
     with pytest.raises(ValueError, match=f"no such folder: {tmp_path}/absent"):
-        load_tokenizer(config.Data(tokenizer=f"{tmp_path}/absent"), None)
+        tokenizer.load_tokenizer(config.Data(tokenizer=f"{tmp_path}/absent"), None)
     with pytest.raises(ValueError, match="no such file: .*absent.json"):
-        load_tokenizer(config.Data(tokenizer=f"{tmp_path}/absent.json"), None)
+        tokenizer.load_tokenizer(config.Data(tokenizer=f"{tmp_path}/absent.json"), None)
     with pytest.raises(ValueError, match="has no tokenizer.json"):
-        load_tokenizer(config.Data(tokenizer=str(tmp_path)), None)
+        tokenizer.load_tokenizer(config.Data(tokenizer=str(tmp_path)), None)
 
 
 def test_a_hub_name_offline_fails_at_once_and_says_what_to_do(monkeypatch):
     monkeypatch.setattr(hub, "why_unreachable", lambda: "the cable is cut")
     with pytest.raises(ValueError) as error:
-        load_tokenizer(config.Data(tokenizer="nobody/nothing-of-this-name"), None)
+        tokenizer.load_tokenizer(config.Data(tokenizer="nobody/nothing-of-this-name"), None)
     for part in ("'nobody/nothing-of-this-name'", "the cable is cut", "--data.tokenizer"):
         assert part in str(error.value)
 
@@ -205,12 +209,12 @@ def test_a_template_file_takes_the_place_of_the_tokenizers_own(folder, tmp_path)
     template = str(tmp_path / "template.jinja")
     paths.write_text(template, CHATML)
     data = config.Data(tokenizer=folder, eos_token="</s>", chat_template=template)
-    words = load_tokenizer(data, None)
+    words = tokenizer.load_tokenizer(data, None)
     messages = [{"role": "user", "content": "hi"}]
     assert words.apply_chat_template(messages) == "<|user|>hi</s>\n<|assistant|>"
     assert words.apply_chat_template(messages, add_generation_prompt=False) == "<|user|>hi</s>\n"
     with pytest.raises(ValueError, match="data.chat_template: no such file"):
-        load_tokenizer(config.Data(tokenizer=folder, chat_template="absent.jinja"), None)
+        tokenizer.load_tokenizer(config.Data(tokenizer=folder, chat_template="absent.jinja"), None)
 
 
 def test_a_template_that_writes_bos_does_not_double_it():
@@ -243,10 +247,10 @@ def test_the_fingerprint_changes_with_all_that_decides_ids():
 
 def test_the_published_tokenizer_loads_with_its_eos_named(shared):
     data = config.Data(tokenizer=str(shared / "tokenizers/neox-20b"), eos_token="<|endoftext|>")
-    words = load_tokenizer(data, None)
+    words = tokenizer.load_tokenizer(data, None)
     content = json.loads((shared / "tokenizers/neox-20b/tokenizer.json").read_text("utf-8"))
     ids = [*content["model"]["vocab"].values(), *(t["id"] for t in content["added_tokens"])]
     assert words.eos_id == 0 and words.bos_id is None
     assert words.vocabulary_size == max(ids) + 1
     with pytest.raises(ValueError, match=r"data.eos_token.*<\|endoftext\|>"):
-        load_tokenizer(config.Data(tokenizer=str(shared / "tokenizers/neox-20b")), None)
+        tokenizer.load_tokenizer(config.Data(tokenizer=str(shared / "tokenizers/neox-20b")), None)

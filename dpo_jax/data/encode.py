@@ -44,6 +44,7 @@ def encode(
             f"data.max_prompt_length is {data.max_prompt_length}; it must be below data.max_length "
             f"({data.max_length}), or no token of a completion fits"
         )
+    counts.update({"cut prompts": 0, "cut completions": 0})
     kept = []
     texts = render_all(found, words, data, counts)
     while chunk := list(itertools.islice(texts, CHUNK)):
@@ -84,8 +85,7 @@ def render(example: formats.Example, words: tokenizer.Tokenizer) -> Rendered:
     if words.chat_template is None:
         raise ValueError(
             f"{example.where}: the row is made of chat messages and the tokenizer has no chat "
-            "template; give "
-            "the path of a Jinja file as --data.chat-template"
+            "template; give the path of a Jinja file as --data.chat-template"
         )
     try:
         prompt = words.apply_chat_template(example.prompt)
@@ -101,10 +101,8 @@ def render(example: formats.Example, words: tokenizer.Tokenizer) -> Rendered:
             raise transcripts.BadRow(
                 "chat template rewrites the prompt",
                 "the chat template's text of prompt and completion does not begin with its text "
-                "of the prompt, "
-                f"which ends in {prompt[-40:]!r}, so where the completion begins is unknown; "
-                "give another "
-                "template as --data.chat-template",
+                f"of the prompt, which ends in {prompt[-40:]!r}, so where the completion begins "
+                "is unknown; give another template as --data.chat-template",
             )
     return Rendered(prompt, [whole.removeprefix(prompt) for whole in wholes], example)
 
@@ -115,8 +113,7 @@ def check_ids(prompt: list[int], completions: dict[str, list[int]]) -> None:
         raise transcripts.BadRow(
             "empty prompt",
             "the prompt is empty and the tokenizer adds no BOS, so nothing predicts the first "
-            "token of the "
-            "completion; name a token that starts each prompt: --data.bos-token",
+            "token of the completion; name a token that starts each prompt: --data.bos-token",
         )
     for name, ids in completions.items():
         if len(ids) == 1:
@@ -148,8 +145,7 @@ def fit(
     if data.over_length == "error":
         raise ValueError(
             f"{where}: a prompt of {len(prompt)} tokens and a completion of {longest} exceed "
-            "data.max_length "
-            f"({data.max_length}); raise it, or give --data.over-length cut or "
+            f"data.max_length ({data.max_length}); raise it, or give --data.over-length cut or "
             "--data.over-length drop"
         )
     if data.over_length == "drop":

@@ -64,8 +64,7 @@ def examples(
     if form not in GIVES[kind]:
         raise ValueError(
             f"{rows.where(0)}: rows of form {form!r} cannot give examples of kind {kind!r} "
-            "(data.examples), "
-            f"which need rows of form {' or '.join(GIVES[kind])}"
+            f"(data.examples), which need rows of form {' or '.join(GIVES[kind])}"
         )
     found: list[Example] = []
     drops: dict[str, int] = {}
@@ -101,15 +100,13 @@ def form_of(rows: sources.Rows, data: config.Data) -> str:
     if fitting:
         raise ValueError(
             f"{rows.where(0)}: the fields {fields} fit the forms {' and '.join(fitting)}; say "
-            "which is meant: "
-            f"--data.form {' or --data.form '.join(fitting)}"
+            f"which is meant: --data.form {' or --data.form '.join(fitting)}"
         )
     raise ValueError(
         f"{rows.where(0)}: the fields {fields or '(none)'} fit no form. Forms: pairs (prompt, "
-        "chosen, rejected), "
-        "transcripts (chosen, rejected), unpaired (prompt, completion, label), judged "
-        "(instruction, output_1, "
-        "output_2, preference), text (text, or prompt and completion)"
+        "chosen, rejected), transcripts (chosen, rejected), unpaired (prompt, completion, "
+        "label), judged (instruction, output_1, output_2, preference), text (text, or prompt "
+        "and completion)"
     )
 
 
@@ -176,8 +173,7 @@ def parse_transcripts(row: dict[str, Any]) -> Example:
     raise BadRow(
         "wrong type",
         f"field 'chosen' is of type {type(chosen).__name__} and 'rejected' of type "
-        f"{type(rejected).__name__}: "
-        "transcripts must be two strings or two lists of messages",
+        f"{type(rejected).__name__}: transcripts must be two strings or two lists of messages",
     )
 
 
@@ -188,8 +184,7 @@ def parse_judged(row: dict[str, Any]) -> Example:
         raise BadRow(
             "unknown preference",
             f"field 'preference' is {preference!r}; it must be a number from 1 (output_1 is "
-            "better) to 2 "
-            "(output_2 is better), or 0 for a tie",
+            "better) to 2 (output_2 is better), or 0 for a tie",
         )
     if preference in (0, 1.5):
         raise Tie
@@ -313,7 +308,6 @@ def check_answer(messages: Text, field: str) -> None:
         raise BadRow(
             "completion not the assistant's",
             f"field {field!r} has messages of {', '.join(roles)}; a completion must be the "
-            "assistant's alone. "
-            "Where chosen and rejected hold the prompt's messages too, give --data.form "
-            "transcripts",
+            "assistant's alone. Where chosen and rejected hold the prompt's messages too, give "
+            "--data.form transcripts",
         )

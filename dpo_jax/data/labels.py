@@ -24,8 +24,7 @@ def split(
     if held_out >= len(rows):
         raise ValueError(
             f"data.held_out is {held_out} and only {len(rows)} rows can be used, so none is left "
-            "to train on; "
-            "lower it"
+            "to train on; lower it"
         )
     drawn = np.random.default_rng([seed, HELD_OUT]).permutation(len(rows))[:held_out]
     held = {rows[i] for i in drawn}
@@ -50,8 +49,7 @@ def mismatch(prompts: Sequence[str], seed: int) -> np.ndarray:
         raise ValueError(
             "kind unpaired (KTO) takes for each example the completion of another prompt, and "
             f"{largest} of the {len(prompts)} examples share the prompt {shared}; at most half "
-            "may. Add rows of "
-            "other prompts (for held-out rows: raise data.held_out)"
+            "may. Add rows of other prompts (for held-out rows: raise data.held_out)"
         )
     generator = np.random.default_rng([seed, MISMATCHED])
     rank = generator.permutation(len(sizes))[groups]

@@ -176,9 +176,8 @@ def read_saved(folder: str, split: str) -> Rows:
         inside = [path.rpartition("/")[2] for path in paths.listing(paths.join(folder, "*"))]
         raise ValueError(
             f"{folder}: no dataset that datasets.save_to_disk wrote (it has neither "
-            "dataset_dict.json nor "
-            f"state.json); the folder holds: {', '.join(inside[:10]) or 'nothing'}. A source is "
-            f"{KINDS}"
+            "dataset_dict.json nor state.json); the folder holds: "
+            f"{', '.join(inside[:10]) or 'nothing'}. A source is {KINDS}"
         )
     data = datasets.load_from_disk(folder)
     if isinstance(data, datasets.Dataset):
@@ -207,10 +206,9 @@ def read_hub(source: str, split: str) -> Rows:
             raise ValueError(f"{source}, split {split!r}: {error}") from error
         raise ValueError(
             f"{source}, split {split!r}, is not in the local cache, and the hub cannot be asked: "
-            f"{reason}. "
-            "Where there is a network, run "
-            f"datasets.load_dataset({name!r}).save_to_disk('FOLDER'), copy the "
-            "folder here and give data.source FOLDER; or copy the cache folder (HF_HOME)"
+            f"{reason}. Where there is a network, run "
+            f"datasets.load_dataset({name!r}).save_to_disk('FOLDER'), copy the folder here and "
+            "give data.source FOLDER; or copy the cache folder (HF_HOME)"
         ) from error
     return Rows(data, lambda i: f"{source}[{split}] row {i}")
 
@@ -223,8 +221,7 @@ def read_tfds(source: str, split: str) -> Rows:
     if not paths.exists(paths.join(folder, "dataset_info.json")):
         raise ValueError(
             f"{source}: no dataset_info.json in {folder}; the folder must be the one of a "
-            "version, such as "
-            "DATA_DIR/NAME/1.0.0"
+            "version, such as DATA_DIR/NAME/1.0.0"
         )
     builder: Any = tfds.builder_from_directory(folder)
     written = builder.info.file_format.value if builder.info.file_format else "unknown"

@@ -15,17 +15,8 @@ from typing import Any
 import numpy as np
 
 from dpo_jax import config, paths
-from dpo_jax.data import encode, formats, labels, sources, tokenizer
-from dpo_jax.data.tokenizer import Tokenizer, load_tokenizer
-
-__all__ = [
-    "Tokenised",
-    "Tokenizer",
-    "describe",
-    "load",
-    "load_pairs_for_evaluation",
-    "load_tokenizer",
-]
+from dpo_jax.data import encode, formats, labels, sources
+from dpo_jax.data.tokenizer import Tokenizer
 
 # of the files' layout and of the rules by which a row gets its ids: raise it when one changes
 VERSION = 1
@@ -69,7 +60,7 @@ class Side:
 
     examples: list[formats.Example]
     report: dict[str, int]
-    label_noise: float
+    label_noise: float = 0.0
 
 
 def load(data: config.Data, tokenizer: Tokenizer, kind: str) -> tuple[Tokenised, Tokenised | None]:
@@ -104,7 +95,7 @@ def load_pairs_for_evaluation(data: config.Data, tokenizer: Tokenizer) -> Tokeni
     if formats.form_of(sources.read(source, split), data) not in formats.PAIRED:
         return None
     held_out = through_cache(
-        data, tokenizer, "pairs", ["pairs"], lambda: [sides(data, "pairs")["held_out"]]
+        data, tokenizer, "pairs", ["pairs"], lambda: [evaluation_side(data, "pairs")]
     )
     return held_out[0]
 
@@ -128,33 +119,42 @@ def wants_held_out(data: config.Data) -> bool:
     if data.evaluation_source is not None and data.held_out:
         raise ValueError(
             f"data.held_out is {data.held_out} and data.evaluation_source is "
-            f"{data.evaluation_source!r}; "
-            "held-out examples come from one of them: set data.held_out to 0 or leave out the other"
+            f"{data.evaluation_source!r}; held-out examples come from one of them: set "
+            "data.held_out to 0 or leave out the other"
         )
     return data.evaluation_source is not None or data.held_out > 0
 
 
 def sides(data: config.Data, kind: str) -> dict[str, Side]:
     """The examples of each side that the config asks for, not yet tokenised."""
-    rows = sources.read(data.source, data.split)
+    train = read_side(data.source, data.split, data, kind)
+    train = dataclasses.replace(train, label_noise=data.label_noise)
+    if data.evaluation_source is not None:
+        return {"train": train, "held_out": evaluation_side(data, kind)}
+    if not data.held_out:
+        return {"train": train}
+    kept, held = labels.split(train.examples, data.held_out, data.seed)
+    report = {**train.report, "rows": train.report["rows"] - data.held_out}
+    return {
+        "train": Side(kept, report, data.label_noise),
+        "held_out": Side(held, {"rows": data.held_out}),
+    }
+
+
+def evaluation_side(data: config.Data, kind: str) -> Side:
+    """The held-out examples, not yet tokenised; the source is read only where they lie in it."""
+    if data.evaluation_source is None:
+        return sides(data, kind)["held_out"]
+    return read_side(data.evaluation_source, data.evaluation_split, data, kind)
+
+
+def read_side(source: str, split: str, data: config.Data, kind: str) -> Side:
+    """All examples of a source."""
+    rows = sources.read(source, split)
     found, drops = formats.examples(rows, data, kind)
     report = {"rows": len(rows), **{f"dropped {name}": count for name, count in drops.items()}}
-    check_some(found, report, data.source)
-    if data.evaluation_source is not None:
-        other = sources.read(data.evaluation_source, data.evaluation_split)
-        held, held_drops = formats.examples(other, data, kind)
-        held_report = {"rows": len(other), **{f"dropped {k}": n for k, n in held_drops.items()}}
-        check_some(held, held_report, data.evaluation_source)
-    elif data.held_out:
-        found, held = labels.split(found, data.held_out, data.seed)
-        report["rows"] -= data.held_out
-        held_report = {"rows": data.held_out}
-    else:
-        return {"train": Side(found, report, data.label_noise)}
-    return {
-        "train": Side(found, report, data.label_noise),
-        "held_out": Side(held, held_report, 0.0),
-    }
+    check_some(found, report, source)
+    return Side(found, report)
 
 
 def tokenise(side: Side, data: config.Data, words: Tokenizer, kind: str) -> Tokenised:
@@ -220,7 +220,7 @@ def content_hash(names: tuple[str, ...], arrays: dict[str, np.ndarray]) -> str:
 
 def through_cache(
     data: config.Data,
-    words: tokenizer.Tokenizer,
+    words: Tokenizer,
     kind: str,
     names: list[str],
     make_sides: Callable[[], list[Side]],
@@ -238,7 +238,7 @@ def through_cache(
     return made
 
 
-def cache_key(data: config.Data, words: tokenizer.Tokenizer, kind: str) -> str:
+def cache_key(data: config.Data, words: Tokenizer, kind: str) -> str:
     """A hash of all that the token ids depend on."""
     content = {
         "version": VERSION,

@@ -163,8 +163,7 @@ class Tokenizer:
         if self.chat_template is None:
             raise ValueError(
                 "the rows are chat messages and the tokenizer has no chat template; give the "
-                "path of a "
-                "Jinja file as --data.chat-template"
+                "path of a Jinja file as --data.chat-template"
             )
         import jinja2
 
@@ -190,8 +189,7 @@ def load_tokenizer(data: config.Data, fallback: str | None) -> Tokenizer:
     if source is None:
         raise ValueError(
             "no tokenizer: the model has no folder that one could lie in; give --data.tokenizer "
-            "a folder, a "
-            "tokenizer.json file or a hub name"
+            "a folder, a tokenizer.json file or a hub name"
         )
     template = None
     if data.chat_template is not None:
@@ -238,8 +236,7 @@ def load_folder(folder: str, name: str) -> Any:
     if not os.path.exists(file):
         raise ValueError(
             f"data.tokenizer: {name} has no tokenizer.json; save the tokenizer in its fast form "
-            "there, or name "
-            "another folder, a tokenizer.json file or a hub name"
+            "there, or name another folder, a tokenizer.json file or a hub name"
         )
     if not os.path.exists(os.path.join(folder, "tokenizer_config.json")):
         return transformers.PreTrainedTokenizerFast(tokenizer_file=file)
@@ -264,8 +261,8 @@ def load_from_hub(name: str) -> Any:
             raise ValueError(f"data.tokenizer {name!r}: {error}") from error
         raise ValueError(
             f"data.tokenizer: {name!r} is no folder here, it is not in the local cache, and the "
-            "hub cannot be "
-            f"asked: {reason}. Give --data.tokenizer a folder or a tokenizer.json file"
+            f"hub cannot be asked: {reason}. Give --data.tokenizer a folder or a tokenizer.json "
+            "file"
         ) from error
     return fast_only(found, name)
 
@@ -275,8 +272,7 @@ def fast_only(tokenizer: Any, name: str) -> Any:
     if not tokenizer.is_fast:
         raise ValueError(
             f"data.tokenizer: {name} has no fast form ({type(tokenizer).__name__}); give one "
-            "with a "
-            "tokenizer.json"
+            "with a tokenizer.json"
         )
     return tokenizer
 

@@ -56,8 +56,7 @@ def part_messages(
         raise BadRow(
             "no common prompt",
             "the messages of chosen and rejected differ from the first one on, so there is no "
-            "common prompt; "
-            "where the prompt is a field of its own, give --data.form pairs",
+            "common prompt; where the prompt is a field of its own, give --data.form pairs",
         )
     for field, own in turns.items():
         check_answer([turn.role for turn in own[at:]], "assistant", field)
@@ -85,8 +84,7 @@ def check_answer(roles: list[str], assistant: str, field: str) -> None:
         raise BadRow(
             "parted before the last answer",
             f"after the turns that chosen and rejected share, field {field!r} goes on with turns "
-            "of "
-            f"{', '.join(roles)}; all of them must be {assistant}'s, for they are what is "
+            f"of {', '.join(roles)}; all of them must be {assistant}'s, for they are what is "
             "trained on",
         )
 
@@ -98,8 +96,7 @@ def turns_of(text: str, field: str) -> list[Turn]:
         raise BadRow(
             "not a transcript",
             f"field {field!r} has no turn that begins with '\\n\\nAssistant:', as a transcript "
-            "must; where the "
-            "prompt is a field of its own, give --data.form pairs",
+            "must; where the prompt is a field of its own, give --data.form pairs",
         )
     ends = [marker.start() for marker in markers[1:]] + [len(text)]
     turns = [
