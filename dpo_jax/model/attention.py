@@ -8,14 +8,19 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Ids(NamedTuple):
     """Where each token belongs."""
 
-    example: jax.Array  # int32 [B, L]: which example of the row, from 1; 0 is padding
-    branch: jax.Array  # int32 [B, L]: which completion of the example, from 1; 0 is the prompt
-    position: jax.Array  # int32 [B, L]: from 0 in each prompt; completions go on from its end
+    example: jax.Array | np.ndarray  # int32 [B, L]: which example of the row, from 1; 0 is padding
+    branch: (
+        jax.Array | np.ndarray
+    )  # int32 [B, L]: which completion of the example, from 1; 0 is the prompt
+    position: (
+        jax.Array | np.ndarray
+    )  # int32 [B, L]: from 0 in each prompt; completions go on from its end
 
 
 def visible(query_ids: Ids, key_ids: Ids, window: int | None) -> jax.Array:

@@ -173,7 +173,7 @@ class Decoder(nn.Module):
             )
             layer_cache = cache.key, cache.value
         hidden, layer_cache = scan_layers(self)(
-            hidden, rope(ids.position, config), ids, key_ids, layer_cache, at
+            hidden, rope(jnp.asarray(ids.position), config), ids, key_ids, layer_cache, at
         )
         hidden = Norm(config.norm_epsilon, self.dtype, name="norm")(hidden)
         if layer_cache is None:

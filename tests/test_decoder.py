@@ -1,0 +1,337 @@
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.model import decoder
+from dpo_jax.model.attention import Ids
+from dpo_jax.model.config import PRESETS, DecoderConfig, RopeScaling, parameter_count
+
+SMALL = DecoderConfig(
+    vocabulary_size=40,
+    width=24,
+    layers=2,
+    heads=4,
+    key_value_heads=2,
+    head_dim=6,
+    hidden=32,
+    max_positions=64,
+)
+SCALING = RopeScaling(
+    factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_max_positions=16
+)
+VARIANTS = {
+    "plain": SMALL,
+    "tied": dataclasses.replace(SMALL, tied_head=True),
+    "window": dataclasses.replace(SMALL, sliding_window=3),
+    "llama3 rope": dataclasses.replace(SMALL, rope_scaling=SCALING),
+}
+
+
+def draw_params(config: DecoderConfig) -> dict:
+    """Parameters large enough that every part of the decoder matters."""
+    shapes = jax.eval_shape(functools.partial(decoder.init, config), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: (0.3 * rng.normal(size=leaf.shape) + (leaf.ndim < 3)).astype(np.float32),
+        shapes,
+    )
+
+
+def draw_tokens(shape: tuple[int, int], seed: int = 2) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, SMALL.vocabulary_size, shape, np.int32)
+
+
+def plain_ids(rows: int, length: int) -> Ids:
+    position = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    return Ids(np.ones_like(position), np.zeros_like(position), position)
+
+
+def apply(model: decoder.Decoder, params: dict, *arguments: Any) -> Any:
+    return model.apply({"params": params}, *arguments)
+
+
+jitted = jax.jit(apply, static_argnums=0)
+
+
+def run(config: DecoderConfig, params: dict, tokens, ids: Ids, **options: Any) -> np.ndarray:
+    return np.asarray(jitted(decoder.Decoder(config, **options), params, tokens, ids))
+
+
+def decode_by_numpy(config: DecoderConfig, params: dict, tokens: np.ndarray) -> np.ndarray:
+    """Final hidden states [L, D] of one sequence in float64, as the Llama papers write them."""
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+
+    def norm(x, scale):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_epsilon) * scale
+
+    def turn(x, position):  # [Dh]: the pairs (i, i + Dh / 2) as complex numbers
+        half = config.head_dim // 2
+        inverse = config.rope_theta ** (-np.arange(half) / half)
+        if config.rope_scaling is not None:
+            inverse = np.array([stretch(f, config.rope_scaling) for f in inverse])
+        turned = (x[:half] + 1j * x[half:]) * np.exp(1j * position * inverse)
+        return np.concatenate([turned.real, turned.imag])
+
+    x = params["embedding"][tokens]
+    window = config.sliding_window or len(tokens)
+    for n in range(config.layers):
+        layer = jax.tree.map(lambda leaf, n=n: leaf[n], params["layers"])
+        q, k, v = (
+            np.einsum(
+                "ld,dhk->lhk",
+                norm(x, layer["attention_norm"]["scale"]),
+                layer["attention"][m]["kernel"],
+            )
+            for m in ("query", "key", "value")
+        )
+        mixed = np.zeros_like(q)
+        for i in range(len(tokens)):
+            seen = range(max(0, i - window + 1), i + 1)
+            for h in range(config.heads):
+                g = h * config.key_value_heads // config.heads
+                logits = [turn(q[i, h], i) @ turn(k[j, g], j) / config.head_dim**0.5 for j in seen]
+                weights = np.exp(logits) / np.exp(logits).sum()
+                mixed[i, h] = weights @ v[list(seen), g]
+        x = x + np.einsum("lhk,hkd->ld", mixed, layer["attention"]["output"]["kernel"])
+        y, mlp = norm(x, layer["mlp_norm"]["scale"]), layer["mlp"]
+        gate = y @ mlp["gate"]["kernel"]
+        up = y @ mlp["up"]["kernel"]
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ mlp["down"]["kernel"]
+    return norm(x, params["norm"]["scale"])
+
+
+def stretch(frequency: float, scaling: RopeScaling) -> float:
+    """The rule of Llama 3.1's release, one frequency at a time."""
+    wavelength = 2 * np.pi / frequency
+    context = scaling.original_max_positions
+    if wavelength < context / scaling.high_frequency_factor:
+        return frequency
+    if wavelength > context / scaling.low_frequency_factor:
+        return frequency / scaling.factor
+    smooth = (context / wavelength - scaling.low_frequency_factor) / (
+        scaling.high_frequency_factor - scaling.low_frequency_factor
+    )
+    return (1 - smooth) * frequency / scaling.factor + smooth * frequency
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_hidden_states_equal_a_float64_decoder_in_numpy(config):
+    params, tokens = draw_params(config), draw_tokens((2, 9))
+    hidden = run(config, params, tokens, plain_ids(2, 9))
+    for row in range(2):
+        expected = decode_by_numpy(config, params, tokens[row])
+        np.testing.assert_allclose(hidden[row], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [SMALL, VARIANTS["window"]], ids=["plain", "window"])
+def test_a_packed_prefix_shared_row_gives_the_hidden_states_of_separate_rows(config):
+    # [P P P a a | b b b | Q c c | pad pad]
+    example = np.array([[1] * 8 + [2] * 3 + [0] * 2], np.int32)
+    branch = np.array([[0, 0, 0, 1, 1, 2, 2, 2, 0, 1, 1, 0, 0]], np.int32)
+    position = np.array([[0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 2, 0, 0]], np.int32)
+    params, tokens = draw_params(config), draw_tokens(example.shape)
+    packed = run(config, params, tokens, Ids(example, branch, position))[0]
+    for indices in ([0, 1, 2, 3, 4], [0, 1, 2, 5, 6, 7], [8, 9, 10]):
+        alone = run(config, params, tokens[:, indices], plain_ids(1, len(indices)))[0]
+        np.testing.assert_allclose(packed[indices], alone, rtol=1e-5, atol=1e-5)
+    assert np.isfinite(packed).all()
+
+
+def test_padding_changes_no_hidden_state_and_no_gradient():
+    params, tokens = draw_params(SMALL), draw_tokens((2, 6))
+
+    def square_sum(params, padding):
+        padded = np.pad(tokens, ((0, 0), (0, padding)), constant_values=7)
+        ids = Ids(*(np.pad(a, ((0, 0), (0, padding))) for a in plain_ids(2, 6)))
+        hidden = apply(decoder.Decoder(SMALL), params, padded, ids)[:, :6]
+        return jnp.sum(jnp.square(hidden)), hidden
+
+    run_both = jax.jit(jax.value_and_grad(square_sum, has_aux=True), static_argnums=1)
+    (_, hidden), gradient = run_both(params, 0)
+    (_, padded_hidden), padded_gradient = run_both(params, 5)
+    np.testing.assert_allclose(padded_hidden, hidden, rtol=1e-5, atol=1e-5)
+    for plain, padded in zip(
+        jax.tree.leaves(gradient), jax.tree.leaves(padded_gradient), strict=True
+    ):
+        np.testing.assert_allclose(padded, plain, rtol=1e-4, atol=1e-4 * np.abs(plain).max())
+
+
+def test_a_branch_sees_changes_of_the_prompt_and_none_of_another_branch():
+    ids = Ids(
+        np.ones((1, 6), np.int32),
+        np.array([[0, 0, 1, 1, 2, 2]], np.int32),
+        np.array([[0, 1, 2, 3, 2, 3]], np.int32),
+    )
+    params, tokens = draw_params(SMALL), draw_tokens((1, 6))
+    before = run(SMALL, params, tokens, ids)
+    other_branch, other_prompt = tokens.copy(), tokens.copy()
+    other_branch[0, 2:4] = (tokens[0, 2:4] + 1) % SMALL.vocabulary_size
+    other_prompt[0, 0] = (tokens[0, 0] + 1) % SMALL.vocabulary_size
+    np.testing.assert_array_equal(run(SMALL, params, other_branch, ids)[0, 4:], before[0, 4:])
+    assert (
+        np.abs(run(SMALL, params, other_prompt, ids)[0, 4:] - before[0, 4:]).min(axis=-1).max() > 0
+    )
+
+
+@pytest.mark.parametrize("config", [SMALL, VARIANTS["window"]], ids=["plain", "window"])
+def test_token_by_token_with_the_cache_equals_the_full_forward(config):
+    params, tokens = draw_params(config), draw_tokens((2, 8))
+    ids = plain_ids(2, 8)
+    full = run(config, params, tokens, ids)
+    model = decoder.Decoder(config)
+
+    def step(cache, inputs):
+        at, token, step_ids = inputs
+        hidden, cache = apply(model, params, token, step_ids, cache, at)
+        return cache, hidden[:, 0]
+
+    columns = jax.tree.map(lambda array: jnp.asarray(array.T[:, :, None]), (tokens, ids))
+    empty = decoder.init_cache(config, 2, 10, jnp.float32)
+    _, hidden = jax.jit(lambda: jax.lax.scan(step, empty, (jnp.arange(8), *columns)))()
+    np.testing.assert_allclose(hidden.swapaxes(0, 1), full, rtol=1e-5, atol=1e-5)
+
+
+def test_a_prefilled_cache_is_where_the_next_tokens_look():
+    params, tokens, ids = draw_params(SMALL), draw_tokens((2, 8)), plain_ids(2, 8)
+    model = decoder.Decoder(SMALL)
+    cache = decoder.init_cache(SMALL, 2, 9, jnp.float32)
+    pieces = []
+    for start, stop, at in ((0, 5, 0), (5, 8, 6)):  # slot 5 stays padding
+        part = Ids(*(array[:, start:stop] for array in ids))
+        hidden, cache = jitted(model, params, tokens[:, start:stop], part, cache, at)
+        pieces.append(hidden)
+    full = run(SMALL, params, tokens, ids)
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1), full, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(cache.ids.example[0], [1, 1, 1, 1, 1, 0, 1, 1, 1])
+
+
+def test_remat_changes_no_gradient():
+    params, tokens, ids = draw_params(SMALL), draw_tokens((2, 6)), plain_ids(2, 6)
+
+    def make_loss(remat):
+        model = decoder.Decoder(SMALL, remat=remat)
+        return lambda p: jnp.sum(jnp.sin(apply(model, p, tokens, ids)))
+
+    plain = jax.tree.leaves(jax.jit(jax.grad(make_loss("none")))(params))
+    for remat in ("dots", "full"):
+        assert "remat" in str(jax.make_jaxpr(make_loss(remat))(params))
+        again = jax.tree.leaves(jax.jit(jax.grad(make_loss(remat)))(params))
+        for expected, leaf in zip(plain, again, strict=True):
+            np.testing.assert_allclose(
+                leaf, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max()
+            )
+
+
+def test_an_unknown_remat_is_an_error():
+    options: Any = {"remat": "some"}
+    with pytest.raises(ValueError, match="remat is 'some'"):
+        run(SMALL, draw_params(SMALL), draw_tokens((1, 2)), plain_ids(1, 2), **options)
+
+
+def test_bfloat16_computes_near_float32_and_its_gradients_are_float32():
+    params, tokens, ids = draw_params(SMALL), draw_tokens((2, 6)), plain_ids(2, 6)
+    exact = run(SMALL, params, tokens, ids)
+    rounded = run(SMALL, params, tokens, ids, dtype=jnp.bfloat16)
+    assert rounded.dtype == jnp.bfloat16
+    assert np.abs(rounded.astype(np.float32) - exact).mean() < 0.02 * np.abs(exact).mean()
+    model = decoder.Decoder(SMALL, dtype=jnp.bfloat16)
+    gradient = jax.eval_shape(
+        jax.grad(lambda p: jnp.sum(apply(model, p, tokens, ids)[:, :, 0])), params
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
+
+
+def test_a_repeated_token_gathers_its_bfloat16_gradients_in_float32():
+    params = draw_params(SMALL)
+    params = {**params, "layers": jax.tree.map(np.zeros_like, params["layers"])}
+    tokens, ids = np.full((8, 64), 3, np.int32), plain_ids(8, 64)
+    model = decoder.Decoder(SMALL, dtype=jnp.bfloat16)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params, weight):
+        return jnp.sum(weight * apply(model, params, tokens, ids)[:, :, 0])
+
+    every, one = jnp.ones((8, 64)), jnp.zeros((8, 64)).at[0, 0].set(1)
+    # 512 equal terms: summed in bfloat16 they would stop growing at 256 of them.
+    once = gradient(params, one)["embedding"][3]
+    np.testing.assert_allclose(gradient(params, every)["embedding"][3], 512 * once, rtol=1e-5)
+
+
+def test_an_id_outside_the_vocabulary_gives_nan():
+    tokens = np.full((1, 2), SMALL.vocabulary_size, np.int32)
+    assert np.isnan(run(SMALL, draw_params(SMALL), tokens, plain_ids(1, 2))).all()
+
+
+def test_published_models_have_their_published_parameter_counts():
+    published = {
+        "llama-3.2-1b": 1_235_814_400,
+        "llama-3.1-8b": 8_030_261_248,
+        "mistral-7b": 7_241_732_096,
+    }
+    for name, count in published.items():
+        shapes = jax.eval_shape(functools.partial(decoder.init, PRESETS[name]), jax.random.key(0))
+        assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count, name
+        assert parameter_count(PRESETS[name]) == count, name
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_count_their_parameters_and_every_one_has_logical_axes(name):
+    config = PRESETS[name]
+    params = jax.eval_shape(functools.partial(decoder.init, config), jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameter_count(config)
+    sizes = {
+        "layers": config.layers,
+        "width": config.width,
+        "heads": config.heads,
+        "key_value_heads": config.key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden": config.hidden,
+        "vocabulary": config.vocabulary_size,
+    }
+
+    def check(leaf, axes):
+        assert leaf.shape == tuple(sizes[axis] for axis in axes)
+
+    jax.tree.map(check, params, decoder.logical_axes(params))
+
+
+def test_a_parameter_without_logical_axes_is_named():
+    params = {"layers": {"attention": {"bias": np.zeros((2, 3))}}}
+    with pytest.raises(ValueError, match=r"layers/attention/bias of shape \(2, 3\): not listed"):
+        decoder.logical_axes(params)
+    with pytest.raises(ValueError, match=r"embedding of shape \(3,\): its rule is"):
+        decoder.logical_axes({"embedding": np.zeros(3)})
+
+
+def test_init_is_plain_float32_with_the_stated_deviations():
+    config = dataclasses.replace(SMALL, width=64, heads=8, head_dim=32, hidden=256, layers=8)
+    params = jax.jit(decoder.init, static_argnums=0)(config, jax.random.key(0))
+    assert type(params) is dict and type(params["layers"]["mlp"]["gate"]) is dict
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    layers = params["layers"]
+    for kernel in (layers["attention"]["query"], layers["mlp"]["gate"]):
+        np.testing.assert_allclose(np.std(kernel["kernel"]), 0.02, rtol=0.02)
+    for kernel in (layers["attention"]["output"], layers["mlp"]["down"]):
+        np.testing.assert_allclose(np.std(kernel["kernel"]), 0.02 / 4, rtol=0.02)
+    first, second = layers["mlp"]["gate"]["kernel"][:2]
+    assert not np.array_equal(first, second)
+
+
+def test_head_is_the_embedding_only_where_tied():
+    tied, untied = draw_params(VARIANTS["tied"]), draw_params(SMALL)
+    assert "head" not in tied
+    np.testing.assert_array_equal(decoder.head(tied, VARIANTS["tied"]), tied["embedding"].T)
+    np.testing.assert_array_equal(decoder.head(untied, SMALL), untied["head"])
+
+
+def test_impossible_shapes_are_errors():
+    with pytest.raises(ValueError, match="heads is 4; it must be a multiple of key_value_heads, 3"):
+        dataclasses.replace(SMALL, key_value_heads=3)
+    with pytest.raises(ValueError, match="head_dim is 5"):
+        dataclasses.replace(SMALL, head_dim=5)

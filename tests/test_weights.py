@@ -1,0 +1,403 @@
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from dpo_jax import generate
+from dpo_jax.model import config as model_config
+from dpo_jax.model import decoder, weights
+from dpo_jax.model.attention import Ids
+from dpo_jax.model.config import PRESETS, DecoderConfig, RopeScaling
+
+UNTIED = DecoderConfig(
+    vocabulary_size=40,
+    width=24,
+    layers=2,
+    heads=4,
+    key_value_heads=2,
+    head_dim=6,
+    hidden=32,
+    max_positions=64,
+)
+TIED = dataclasses.replace(UNTIED, tied_head=True)
+
+
+def draw_params(config: DecoderConfig) -> dict:
+    shapes = jax.eval_shape(functools.partial(decoder.init, config), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+
+
+def rewrite(folder: Path, change) -> None:
+    """Saves the tensors of a folder again after `change(tensors)`."""
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    change(tensors)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+
+
+def rewrite_config(folder: Path, **changes: Any) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, **changes}))
+
+
+def assert_equal(params: dict, again: dict) -> None:
+    assert jax.tree.structure(params) == jax.tree.structure(again)
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    weights.save(tmp_path, UNTIED, draw_params(UNTIED))
+    return tmp_path
+
+
+@pytest.mark.parametrize("config", [UNTIED, TIED], ids=["untied", "tied"])
+def test_saved_parameters_load_bit_equal(tmp_path, config):
+    params = draw_params(config)
+    weights.save(tmp_path / "new" / "folder", config, jax.tree.map(jax.numpy.asarray, params))
+    loaded_config, loaded = weights.load(tmp_path / "new" / "folder")
+    assert loaded_config == config
+    assert_equal(params, loaded)
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {np.dtype("float32")}
+
+
+def test_files_hold_matrices_as_outputs_by_inputs_with_heads_end_to_end(folder):
+    params = draw_params(UNTIED)
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    attention = params["layers"]["attention"]
+    layer = "model.layers.1.self_attn."
+    for h, i in ((0, 0), (1, 2), (3, 5)):
+        row = tensors[layer + "q_proj.weight"][h * UNTIED.head_dim + i]
+        np.testing.assert_array_equal(row, attention["query"]["kernel"][1, :, h, i])
+        column = tensors[layer + "o_proj.weight"][:, h * UNTIED.head_dim + i]
+        np.testing.assert_array_equal(column, attention["output"]["kernel"][1, h, i])
+    np.testing.assert_array_equal(tensors["lm_head.weight"], params["head"].T)
+    np.testing.assert_array_equal(tensors["model.embed_tokens.weight"], params["embedding"])
+
+
+def test_bfloat16_and_float16_tensors_become_the_float32_of_the_same_value(folder):
+    expected = {}
+
+    def round_down(tensors):
+        for number, (name, tensor) in enumerate(tensors.items()):
+            tensors[name] = tensor.astype([ml_dtypes.bfloat16, np.float16][number % 2])
+            expected[name] = tensors[name].astype(np.float32)
+
+    rewrite(folder, round_down)
+    _, params = weights.load(folder)
+    weights.save(folder, UNTIED, params)
+    for name, tensor in safetensors.numpy.load_file(folder / "model.safetensors").items():
+        np.testing.assert_array_equal(tensor, expected[name])
+
+
+def test_several_files_load_by_their_index(folder):
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in parts.items():
+        safetensors.numpy.save_file({name: tensors[name] for name in part}, folder / file)
+    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    (folder / weights.INDEX).write_text(json.dumps(index))
+    assert_equal(weights.load(folder)[1], draw_params(UNTIED))
+    (folder / "b.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match=r"b\.safetensors is missing, and model\.safetensors\.index"
+    ):
+        weights.load(folder)
+
+
+def test_missing_and_unexpected_tensors_are_named(folder):
+    def change(tensors):
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(24, np.float32)
+
+    rewrite(folder, change)
+    with pytest.raises(ValueError) as error:
+        weights.load(folder)
+    assert "lacks model.layers.1.mlp.up_proj.weight" in str(error.value)
+    assert "beyond what config.json asks for, model.layers.0.self_attn.q_proj.bias" in str(
+        error.value
+    )
+
+
+def test_a_wrong_shape_names_the_tensor_and_both_shapes(folder):
+    rewrite_config(folder, intermediate_size=33)
+    with pytest.raises(ValueError) as error:
+        weights.load(folder)
+    assert "model.layers.0.mlp." in str(error.value)
+    assert "(32, 24)" in str(error.value) and "(33, 24)" in str(error.value)
+
+
+def test_quantised_tensors_are_refused(folder):
+    rewrite(folder, lambda t: t.update({"model.norm.weight": np.zeros(24, np.int8)}))
+    with pytest.raises(ValueError, match=r"model\.norm\.weight in .* is I8; supported: BF16"):
+        weights.load(folder)
+
+
+def test_old_rotary_buffers_are_passed_over(folder):
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32)}
+    rewrite(folder, lambda tensors: tensors.update(buffer))
+    assert_equal(weights.load(folder)[1], draw_params(UNTIED))
+
+
+def test_a_stored_tied_head_must_be_the_embedding(tmp_path):
+    weights.save(tmp_path, TIED, draw_params(TIED))
+    embedding = draw_params(TIED)["embedding"]
+    rewrite(tmp_path, lambda tensors: tensors.update({"lm_head.weight": embedding}))
+    assert_equal(weights.load(tmp_path)[1], draw_params(TIED))
+    rewrite(tmp_path, lambda tensors: tensors.update({"lm_head.weight": embedding + 1}))
+    with pytest.raises(ValueError, match="lm_head.weight that differs from the embedding"):
+        weights.load(tmp_path)
+
+
+def test_a_missing_folder_is_named_along_with_the_presets(tmp_path):
+    with pytest.raises(ValueError) as error:
+        weights.load(tmp_path / "absent")
+    assert str(tmp_path / "absent") in str(error.value)
+    assert ", ".join(PRESETS) in str(error.value)
+
+
+def test_missing_files_are_named(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match="has neither model.safetensors nor model.safetensors.index"
+    ):
+        weights.load(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
+        weights.load(folder)
+
+
+def test_a_hub_name_without_network_is_an_error_at_once(monkeypatch):
+    from huggingface_hub import constants
+
+    def refuse(*arguments, **keywords):
+        raise OSError("no route")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(weights.urllib.request, "urlopen", refuse)
+    with pytest.raises(ValueError, match=r"'nobody/nothing'.*cannot be reached \(no route\)"):
+        weights.load("nobody/nothing")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE forbids"):
+        weights.load("nobody/nothing")
+
+
+def test_a_hub_name_in_the_local_cache_needs_no_network(folder, monkeypatch):
+    import huggingface_hub
+
+    def from_cache(name, *, local_files_only=False, **keywords):
+        assert (name, local_files_only) == ("owner/model", True)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", from_cache)
+    assert weights.load("owner/model")[0] == UNTIED
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_config_json_gives_back_the_config_it_was_written_from(name):
+    text = json.dumps(model_config.to_hf(PRESETS[name]))
+    assert model_config.from_hf(json.loads(text)) == PRESETS[name]
+
+
+OLD = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "torch_dtype": "bfloat16",
+}
+MISTRAL = {
+    **{name: value for name, value in OLD.items() if not name.startswith("rope")},
+    "architectures": ["MistralForCausalLM"],
+    "vocab_size": 32000,
+    "max_position_embeddings": 32768,
+    "rope_theta": 10000.0,
+}
+
+
+def test_both_forms_of_rope_in_config_json_are_read():
+    assert model_config.from_hf(OLD) == PRESETS["llama-3.1-8b"]
+    new = {name: value for name, value in OLD.items() if not name.startswith("rope")}
+    new["rope_parameters"] = {**OLD["rope_scaling"], "rope_theta": OLD["rope_theta"]}
+    assert model_config.from_hf(new) == PRESETS["llama-3.1-8b"]
+    default = {"rope_type": "default", "rope_theta": 7.0}
+    config = model_config.from_hf({**new, "rope_parameters": default})
+    assert (config.rope_theta, config.rope_scaling) == (7.0, None)
+
+
+def test_absent_keys_mean_what_hf_means_by_them():
+    assert model_config.from_hf(MISTRAL) == PRESETS["mistral-7b"]
+    assert model_config.from_hf({**MISTRAL, "sliding_window": None}).sliding_window is None
+    llama = {n: v for n, v in OLD.items() if n != "num_key_value_heads"}
+    assert model_config.from_hf(llama).key_value_heads == 32
+
+
+REFUSED = {
+    "architectures": ["GPT2LMHeadModel"],
+    "attention_bias": True,
+    "mlp_bias": True,
+    "hidden_act": "gelu",
+    "pretraining_tp": 2,
+    "attention_dropout": 0.1,
+    "sliding_window": 128,
+    "quantization_config": {"bits": 4},
+    "rope_scaling": {"type": "linear", "factor": 2.0},
+    "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_decoder_does_not_compute_is_refused_by_name(name):
+    told = "rope_type" if name.startswith("rope") else name
+    with pytest.raises(ValueError, match=f"^{told} is .* in "):
+        model_config.from_hf({**OLD, name: REFUSED[name]})
+
+
+def test_unknown_rope_keys_and_missing_keys_are_refused_by_name():
+    rope = {**OLD["rope_scaling"], "attention_factor": 2.0}
+    with pytest.raises(ValueError, match="rope_scaling of config.json has 'attention_factor'"):
+        model_config.from_hf({**OLD, "rope_scaling": rope})
+    without = {name: value for name, value in OLD.items() if name != "rms_norm_eps"}
+    with pytest.raises(ValueError, match="config.json has no 'rms_norm_eps'"):
+        model_config.from_hf(without)
+
+
+SCALING = RopeScaling(
+    factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_max_positions=16
+)
+PARITY = {
+    "llama untied": UNTIED,
+    "llama tied": TIED,
+    "llama3 rope": dataclasses.replace(UNTIED, rope_scaling=SCALING),
+    "mistral window": dataclasses.replace(UNTIED, sliding_window=5),
+    "all heads": dataclasses.replace(TIED, key_value_heads=4, head_dim=8, rope_theta=500.0),
+}
+
+
+def make_torch_model(config: DecoderConfig) -> Any:
+    """A random model of HF's class for a config, built from its own config class."""
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling is not None:
+        rope |= {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
+        rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+    mistral = config.sliding_window is not None
+    name = "Mistral" if mistral else "Llama"
+    torch.manual_seed(0)
+    hf_config = getattr(transformers, f"{name}Config")(
+        vocab_size=config.vocabulary_size,
+        hidden_size=config.width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.key_value_heads,
+        head_dim=config.head_dim,
+        intermediate_size=config.hidden,
+        max_position_embeddings=config.max_positions,
+        rms_norm_eps=config.norm_epsilon,
+        tie_word_embeddings=config.tied_head,
+        rope_parameters=rope,
+        # far from the default of 0.02, so that attention is far from uniform
+        initializer_range=0.3,
+        **({"sliding_window": config.sliding_window} if mistral else {}),
+    )
+    model = getattr(transformers, f"{name}ForCausalLM")(hf_config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.3 * torch.randn(parameter.shape))
+    return model
+
+
+def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
+    torch = pytest.importorskip("torch")
+
+    with torch.no_grad():
+        return model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+
+
+@jax.jit
+def multiply(hidden, matrix):
+    return hidden @ matrix
+
+
+def our_logits(config: DecoderConfig, params: dict, tokens: np.ndarray) -> np.ndarray:
+    position = np.tile(np.arange(tokens.shape[1], dtype=np.int32), (tokens.shape[0], 1))
+    ids = Ids(np.ones_like(position), np.zeros_like(position), position)
+    hidden = jax.jit(decoder.Decoder(config).apply)({"params": params}, tokens, ids)
+    return np.asarray(multiply(hidden, decoder.head(params, config)))
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore::Warning")
+@pytest.mark.parametrize("config", PARITY.values(), ids=PARITY)
+def test_a_model_that_transformers_saved_gives_its_logits_and_greedy_tokens(tmp_path, config):
+    model = make_torch_model(config)
+    model.save_pretrained(tmp_path)
+    loaded_config, params = weights.load(tmp_path)
+    assert loaded_config == config
+    tokens = np.random.default_rng(0).integers(0, config.vocabulary_size, (2, 24), np.int32)
+    expected = torch_logits(model, tokens)
+    logits = our_logits(config, params, tokens)
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+    torch = pytest.importorskip("torch")
+
+    continued = model.generate(
+        torch.tensor(tokens[:1, :7], dtype=torch.long),
+        max_new_tokens=32,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )[0, 7:].tolist()
+    ours = generate.complete(
+        decoder.Decoder(config),
+        params,
+        [tokens[0, :7].tolist()],
+        jax.random.key(0),
+        select=generate.greedy,
+        max_tokens=32,
+        eos_id=config.vocabulary_size,
+        batch_size=1,
+    )
+    assert ours[0] == continued
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore::Warning")
+@pytest.mark.parametrize("config", PARITY.values(), ids=PARITY)
+def test_a_folder_saved_here_loads_in_transformers_with_equal_logits(tmp_path, config):
+    pytest.importorskip("torch")
+    import transformers
+
+    params = jax.tree.map(lambda leaf: 0.3 * leaf, draw_params(config))
+    weights.save(tmp_path, config, params)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    tokens = np.random.default_rng(0).integers(0, config.vocabulary_size, (2, 24), np.int32)
+    expected = torch_logits(model, tokens)
+    logits = our_logits(config, params, tokens)
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
