@@ -1,11 +1,14 @@
 """What every test shares: CPU devices, strict numerics, its own cache, real data."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+
+from dpo_jax.data import tokenise
 
 # JAX_PLATFORMS=cuda (or tpu) with -m gpu (or tpu) runs the tests that need such a device
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
@@ -31,3 +34,38 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data: {folder} is not there; DPO_JAX_SHARED can name another folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def draw_examples() -> Callable[..., tokenise.Tokenised]:
+    """A function that draws small examples: count, names, seed, fewest and most tokens of a part.
+
+    Unpaired ones (names completion, mismatched) get the column desirable, every other one 1.
+    """
+
+    def draw(
+        count: int,
+        names: tuple[str, ...] = ("chosen", "rejected"),
+        *,
+        seed: int = 0,
+        tokens: tuple[int, int] = (1, 9),
+        vocabulary: int = 512,
+    ) -> tokenise.Tokenised:
+        generator = np.random.default_rng(seed)
+        lengths = generator.integers(tokens[0], tokens[1] + 1, (count, 1 + len(names)))
+        stops = lengths.cumsum().reshape(lengths.shape)
+        spans = np.stack([stops - lengths, stops], axis=-1)  # [N, 1 + C, 2]
+        columns = {}
+        if "mismatched" in names:
+            columns["desirable"] = (np.arange(count) % 2 == 0).astype(np.float32)
+        return tokenise.Tokenised(
+            names=names,
+            tokens=generator.integers(1, vocabulary, int(stops[-1, -1]), np.int32),
+            prompts=spans[:, 0],
+            completions=spans[:, 1:],
+            columns=columns,
+            fingerprint=f"drawn {count} {names} {seed} {tokens} {vocabulary}",
+            report={},
+        )
+
+    return draw
