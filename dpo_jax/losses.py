@@ -52,8 +52,7 @@ def batch_mean(values: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
 
 
 def log1mexp(x: jax.Array) -> jax.Array:
-    """log(1 - exp(x)) for x <= 0, value and gradient finite everywhere (x is held at most "
-    "-1e-6)."""
+    """log(1 - exp(x)) for x <= 0, value and gradient finite everywhere (x is at most -1e-6)."""
     x = jnp.minimum(x, -1e-6)
     near = x > -0.6931472
     return jnp.where(
@@ -78,13 +77,14 @@ def dpo(
     (cDPO). Defaults are the paper's. Agrees with the original code, TRL (sigmoid) and HALOs. ln 2
     where policy equals reference.
     """
-    chosen = beta * log_ratio(policy, reference, "chosen")
-    rejected = beta * log_ratio(policy, reference, "rejected")
-    margin = chosen - rejected
+    chosen = log_ratio(policy, reference, "chosen")
+    rejected = log_ratio(policy, reference, "rejected")
+    # beta after the difference: a fused multiply-add would round one of the two products alone
+    margin = beta * (chosen - rejected)
     losses = -(1 - label_smoothing) * jax.nn.log_sigmoid(
         margin
     ) - label_smoothing * jax.nn.log_sigmoid(-margin)
-    return losses, pair_metrics(chosen, rejected)
+    return losses, pair_metrics(beta * chosen, beta * rejected)
 
 
 def ipo(
