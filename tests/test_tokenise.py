@@ -262,6 +262,12 @@ def test_label_noise_swaps_its_share_of_the_pairs(source):
     assert all(again[i] == found[i] for i in range(10) if swapped[i])
 
 
+def test_label_noise_is_drawn_by_seed(source):
+    path = source(pairs(40))
+    drawn = [train(path, label_noise=0.5, seed=seed)[1] for seed in (0, 1)]
+    assert drawn[0] != drawn[1]
+
+
 def test_label_noise_flips_desirable_and_leaves_the_completions(source):
     path = source(pairs(10))
     plain, before = train(path, "unpaired")

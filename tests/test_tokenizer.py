@@ -83,7 +83,7 @@ def test_truncation_and_padding_of_the_file_are_switched_off():
     backend = bytes_backend()
     backend.enable_truncation(2)
     backend.enable_padding(length=10)
-    words = Tokenizer(wrap(backend, eos_token="</s>"))
+    words = Tokenizer(wrap(backend, eos_token="</s>"), bos_token="<s>")
     assert [len(ids) for ids in words.encode_batch(["abcd", "a"])] == [4, 1]
 
 

@@ -117,7 +117,7 @@ def read_jsonl(path: str) -> Rows:
             raise ValueError(f"{path}: not a complete gzip file ({error})") from None
     lines = []
     # split at newlines only: JSON text may hold U+2028 and others that str.splitlines splits at
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+    for number, line in enumerate(content.split(b"\n"), 1):
         if line.strip():
             lines.append(Line(parse(line, f"{path}:{number}"), number))
     return Rows([line.row for line in lines], lambda i: f"{path}:{lines[i].number}")
