@@ -14,9 +14,10 @@ find_python() {
             return
         fi
     done
-    echo "error: Python 3.11 or newer is needed, and ${PYTHON:-python3} is" \
-        "$("${PYTHON:-python3}" --version 2>&1 || echo missing);" \
-        "name a newer one: PYTHON=python3.12 bash $0" >&2
+    local found
+    found=$("${PYTHON:-python3}" --version 2>/dev/null || echo "not there")
+    echo "error: Python 3.11 or newer is needed, and ${PYTHON:-python3} is $found;" \
+        "name a newer one: PYTHON=python3.12 bash scripts/setup.sh" >&2
     return 1
 }
 
