@@ -77,7 +77,7 @@ def generate(
     select: Select,
     max_tokens: int,
     temperature: jax.Array | float,
-    eos_id: int,
+    eos_id: jax.Array | int,
 ) -> tuple[jax.Array, jax.Array]:
     """Continues each row: tokens int32 [B, max_tokens], and how many were sampled, int32 [B].
 
@@ -166,7 +166,7 @@ def complete(
         batch_size = -(-batch_size // shards) * shards
         place = functools.partial(jax.device_put, device=sharding.rows(mesh))
         out_shardings = sharding.replicated(mesh)
-    static = ("decoder", "select", "max_tokens", "eos_id")
+    static = ("decoder", "select", "max_tokens")
     run = jax.jit(generate, static_argnames=static, out_shardings=out_shardings)
     completions: list[list[int]] = []
     for start in range(0, len(prompts), batch_size):
@@ -182,7 +182,7 @@ def complete(
             select=select,
             max_tokens=max_tokens,
             temperature=np.float32(temperature),
-            eos_id=eos_id,
+            eos_id=np.int32(eos_id),
         )
         rows = zip(np.asarray(sampled), np.asarray(sampled_lengths), strict=True)
         completions += [row[:length].tolist() for row, length in rows]

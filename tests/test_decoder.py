@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -142,23 +143,22 @@ def test_a_packed_prefix_shared_row_gives_the_hidden_states_of_separate_rows(con
     assert np.isfinite(packed).all()
 
 
-def test_padding_changes_no_hidden_state_and_no_gradient():
-    params, tokens = draw_params(SMALL), draw_tokens((2, 6))
+def test_padding_changes_no_hidden_state_and_gets_no_gradient():
+    params, tokens, ids = draw_params(SMALL), draw_tokens((2, 6)) % 30, plain_ids(2, 6)
+    padded = np.pad(tokens, ((0, 0), (0, 5)), constant_values=35)
+    padded_ids = Ids(*(np.pad(array, ((0, 0), (0, 5))) for array in ids))
 
-    def square_sum(params, padding):
-        padded = np.pad(tokens, ((0, 0), (0, padding)), constant_values=7)
-        ids = Ids(*(np.pad(a, ((0, 0), (0, padding))) for a in plain_ids(2, 6)))
-        hidden = apply(decoder.Decoder(SMALL), params, padded, ids)[:, :6]
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def gradient(params):
+        hidden = apply(decoder.Decoder(SMALL), params, padded, padded_ids)[:, :6]
         return jnp.sum(jnp.square(hidden)), hidden
 
-    run_both = jax.jit(jax.value_and_grad(square_sum, has_aux=True), static_argnums=1)
-    (_, hidden), gradient = run_both(params, 0)
-    (_, padded_hidden), padded_gradient = run_both(params, 5)
-    np.testing.assert_allclose(padded_hidden, hidden, rtol=1e-5, atol=1e-5)
-    for plain, padded in zip(
-        jax.tree.leaves(gradient), jax.tree.leaves(padded_gradient), strict=True
-    ):
-        np.testing.assert_allclose(padded, plain, rtol=1e-4, atol=1e-4 * np.abs(plain).max())
+    gradients, hidden = gradient(params)
+    np.testing.assert_allclose(hidden, run(SMALL, params, tokens, ids), rtol=1e-5, atol=1e-5)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+    np.testing.assert_array_equal(gradients["embedding"][35], 0)
+    assert np.abs(gradients["embedding"][tokens[0, 0]]).min() > 0
 
 
 def test_a_branch_sees_changes_of_the_prompt_and_none_of_another_branch():
@@ -246,21 +246,12 @@ def test_bfloat16_computes_near_float32_and_its_gradients_are_float32():
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
 
 
-def test_a_repeated_token_gathers_its_bfloat16_gradients_in_float32():
-    params = draw_params(SMALL)
-    params = {**params, "layers": jax.tree.map(np.zeros_like, params["layers"])}
-    tokens, ids = np.full((8, 64), 3, np.int32), plain_ids(8, 64)
+def test_the_gradients_of_bfloat16_embeddings_are_summed_in_float32():
     model = decoder.Decoder(SMALL, dtype=jnp.bfloat16)
-
-    @jax.jit
-    @jax.grad
-    def gradient(params, weight):
-        return jnp.sum(weight * apply(model, params, tokens, ids)[:, :, 0])
-
-    every, one = jnp.ones((8, 64)), jnp.zeros((8, 64)).at[0, 0].set(1)
-    # 512 equal terms: summed in bfloat16 they would stop growing at 256 of them.
-    once = gradient(params, one)["embedding"][3]
-    np.testing.assert_allclose(gradient(params, every)["embedding"][3], 512 * once, rtol=1e-5)
+    tokens, ids = draw_tokens((2, 6)), plain_ids(2, 6)
+    total = jax.grad(lambda p: jnp.sum(apply(model, p, tokens, ids)[:, :, 0]))
+    text = str(jax.make_jaxpr(total)(draw_params(SMALL)))
+    assert re.findall(r"(\w+)\[40,24\] = scatter-add", text) == ["f32"]
 
 
 def test_an_id_outside_the_vocabulary_gives_nan():

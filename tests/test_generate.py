@@ -83,7 +83,7 @@ def test_a_row_ends_with_eos_and_its_batch_goes_on():
 
 def run_generate(prompts, lengths, eos_id, max_tokens=5):
     keys = jax.random.split(jax.random.key(0), len(lengths))
-    run = jax.jit(generate.generate, static_argnames=("decoder", "select", "max_tokens", "eos_id"))
+    run = jax.jit(generate.generate, static_argnames=("decoder", "select", "max_tokens"))
     return run(
         decoder.Decoder(SMALL),
         draw_params(SMALL),
