@@ -66,9 +66,7 @@ def restore(checkpointer: ocp.training.Checkpointer, step: int, abstract: dict) 
 def load_params(folder: str, abstract) -> tuple[int, dict]:
     """Step and parameters of a run folder's newest checkpoint, on the devices that `abstract` "
     "says."""
-    with ocp.training.Checkpointer(
-        paths.join(folder, "checkpoints"), lightweight_initialize=True
-    ) as checkpointer:
+    with ocp.training.Checkpointer(paths.join(folder, "checkpoints")) as checkpointer:
         step = latest_step(checkpointer)
         if step is None:
             raise ValueError(f"{folder} has no finished checkpoint: let the run save one first")

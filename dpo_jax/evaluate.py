@@ -3,6 +3,7 @@
 Dimensions: N examples of a batch.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -44,11 +45,11 @@ def preferences(
 
 
 def prompts(data: tokenise.Tokenised, count: int) -> list[list[int]]:
-    """The first `count` distinct prompts, as token ids."""
+    """The first `count` distinct prompts as token ids, over again where there are fewer."""
     distinct = dict.fromkeys(
         tuple(data.tokens[start:stop].tolist()) for start, stop in data.prompts
     )
-    return [list(prompt) for prompt in list(distinct)[:count]]
+    return [list(prompt) for prompt in itertools.islice(itertools.cycle(distinct), count)]
 
 
 class Sampler(NamedTuple):

@@ -38,14 +38,24 @@ def load(source: str, settings: config.Model, seed: int, mesh) -> Initial:
         _, params = checkpoint.load_params(
             source, sharding.with_shardings(decoder_shapes(shape), mesh)
         )
-        return Initial(make_decoder(shape, settings), params, paths.join(source, TOKENIZER))
+        return Initial(make_decoder(shape, settings), params, tokenizer_of(source))
     shape, params = weights.load(source)
-    return Initial(make_decoder(shape, settings), sharding.place(params, mesh), source)
+    return Initial(
+        make_decoder(shape, settings), sharding.place(params, mesh), tokenizer_of(source)
+    )
 
 
 def decoder_shapes(shape: model_config.DecoderConfig):
     """Shapes and types of the parameters."""
     return jax.eval_shape(functools.partial(decoder.init, shape), jax.random.key(0))
+
+
+def tokenizer_of(source: str) -> str | None:
+    """Where the tokenizer of a model lies; None for a preset."""
+    if source in model_config.PRESETS:
+        return None
+    is_run = paths.exists(paths.join(source, MODEL))
+    return paths.join(source, TOKENIZER) if is_run else source
 
 
 def make_decoder(shape: model_config.DecoderConfig, settings: config.Model) -> decoder.Decoder:

@@ -63,6 +63,12 @@ class Writer:
         if log.wandb_project is not None:
             self._wandb = start_wandb(log.wandb_project, folder, run_config)
 
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line: the step, then its metrics. Raises FloatingPointError where the loss is not
         finite.
@@ -75,7 +81,6 @@ class Writer:
             self._wandb.log(dict(values), step=step)
         self._show(step, values)
         if not math.isfinite(values.get("loss", 0.0)):
-            self.flush()
             raise FloatingPointError(
                 f"loss is {values['loss']} at step {step}: lower --optimizer.learning-rate, or "
                 "look at the batch "
@@ -102,6 +107,7 @@ class Writer:
     def close(self) -> None:
         """Flushes and ends the bar and the loggers."""
         self.flush()
+        self._lines.close()
         self._bar.close()
         if self._board is not None:
             self._board.close()
@@ -127,6 +133,10 @@ class _Appender:
             self._local.flush()
         else:
             self._lines.append(line)
+
+    def close(self) -> None:
+        if self._local:
+            self._local.close()
 
     def flush(self) -> None:
         if not self._local:

@@ -147,6 +147,12 @@ def make_pairs(task: config.Task, source: str) -> Path:
             )
             prefixes = builtin.prefixes(task.prefixes + task.held_out_prefixes, task.seed)
             rows = sample_pairs(task, model, prefixes, devices)
+            if not rows:
+                raise ValueError(
+                    f"the completions that {source} writes all have one reward, so there is no "
+                    "pair to learn from: train the SFT model longer (--task.sft-steps), or take "
+                    "more --task.prefixes or --task.completions"
+                )
             held_out = set(prefixes[task.prefixes :])
             write_rows(
                 folder / "held_out.jsonl", [row for row in rows if row["prompt"] in held_out]

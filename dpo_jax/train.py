@@ -4,6 +4,7 @@ step in `train_step`.
 
 import collections
 import concurrent.futures
+import itertools
 import math
 import signal
 import threading
@@ -94,28 +95,27 @@ def loop(run: assemble.Run, folder: str, state: train_step.TrainState, checkpoin
     """Runs the steps that are left, with evaluations, checkpoints and the profiler's window."""
     experiment, first = run.experiment, int(state.step)
     metrics.cut(folder, first)
-    writer = metrics.Writer(
-        folder, experiment.log, experiment.steps, first, flags.to_json(experiment)
-    )
     stop = catch_sigterm()
-    if first == 0:
-        writer.write(0, evaluation(run, folder, state, 0))
-    pending, clock = None, time.perf_counter()
-    for step, batch, facts in batches(run, first):
-        trace(experiment.profile, folder, step, state)
-        state, values = run.step(state, run.reference, batch, run.numbers)
-        # the device works on this step while the numbers of the last are fetched and written
-        if pending is not None:
-            writer.write(*fetch(pending, clock))
-            clock = time.perf_counter()
-        pending, done = (step + 1, values, facts), step + 1
-        if step == 0:
-            check_identity(run, float(values["deviation"]))
-        if stop.is_set() or done == experiment.steps or due(experiment, done):
-            pause(run, folder, state, fetch(pending, clock), writer, checkpointer, stop.is_set())
-            pending, clock = None, time.perf_counter()
-    trace(experiment.profile, folder, experiment.steps, state)
-    writer.close()
+    record = flags.to_json(experiment)
+    with metrics.Writer(folder, experiment.log, experiment.steps, first, record) as writer:
+        if first == 0:
+            writer.write(0, evaluation(run, folder, state, 0))
+        pending, clock = None, time.perf_counter()
+        for step, batch, facts in batches(run, first):
+            trace(experiment.profile, folder, step, state)
+            state, values = run.step(state, run.reference, batch, run.numbers)
+            # the device works on this step while the numbers of the last are fetched and written
+            if pending is not None:
+                writer.write(*fetch(pending, clock))
+                clock = time.perf_counter()
+            pending, done = (step + 1, values, facts), step + 1
+            if step == 0:
+                check_identity(run, float(values["deviation"]))
+            if stop.is_set() or done == experiment.steps or due(experiment, done):
+                line = fetch(pending, clock)
+                pause(run, folder, state, line, writer, checkpointer, stop.is_set())
+                pending, clock = None, time.perf_counter()
+        trace(experiment.profile, folder, experiment.steps, state)
 
 
 def due(experiment: config.Experiment, done: int) -> bool:
@@ -165,7 +165,6 @@ def pause(
             checkpointer, step, {"params": state.params, "opt_state": state.opt_state}, ranked
         )
     if stopping and not last:
-        writer.close()
         print(f"SIGTERM: saved step {step}; the same command goes on from there")
         raise SystemExit(143)
 
@@ -211,7 +210,7 @@ def batches(run: assemble.Run, first: int) -> Iterator[tuple[int, dict, dict[str
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         left = iter(range(first, run.experiment.steps))
         made = collections.deque(
-            (step, pool.submit(make, step)) for step, _ in zip(left, range(AHEAD), strict=False)
+            (step, pool.submit(make, step)) for step in itertools.islice(left, AHEAD)
         )
         while made:
             step, future = made.popleft()

@@ -69,7 +69,7 @@ def make_train_step(
             name: value[0] / jnp.maximum(value[1], 1e-9) for name, value in sums.metrics.items()
         }
         metrics |= {
-            "grad_norm": optax.global_norm(gradient),
+            "grad_norm": optax.tree.norm(gradient),
             "learning_rate": rate,
             "deviation": sums.deviation,
         }

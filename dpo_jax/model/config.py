@@ -70,9 +70,9 @@ PRESETS: dict[str, DecoderConfig] = {
         max_positions=1024,
         tied_head=True,
     ),
-    # For the built-in task: 492,384, 1,016,960 and 4,951,296 parameters.
+    # For the built-in task: 541,536, 1,082,496 and 5,082,368 parameters.
     "reviews-500k": DecoderConfig(
-        vocabulary_size=512,
+        vocabulary_size=1024,
         width=96,
         layers=4,
         heads=3,
@@ -83,7 +83,7 @@ PRESETS: dict[str, DecoderConfig] = {
         tied_head=True,
     ),
     "reviews-1m": DecoderConfig(
-        vocabulary_size=512,
+        vocabulary_size=1024,
         width=128,
         layers=4,
         heads=4,
@@ -94,7 +94,7 @@ PRESETS: dict[str, DecoderConfig] = {
         tied_head=True,
     ),
     "reviews-5m": DecoderConfig(
-        vocabulary_size=512,
+        vocabulary_size=1024,
         width=256,
         layers=6,
         heads=4,

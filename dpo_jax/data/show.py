@@ -1,0 +1,72 @@
+"""Tokenised examples and packed rows in a form that a person can check."""
+
+import collections
+import itertools
+
+import numpy as np
+
+from dpo_jax import config
+from dpo_jax.data import encode, formats, pack, sources, tokenise, tokenizer
+
+# between tokens
+BAR = "|"
+
+
+def examples(data: config.Data, words: tokenizer.Tokenizer, count: int) -> str:
+    """The source's first usable examples: every token, which are scored, and what was cut."""
+    rows = sources.read(data.source, data.split)
+    found, _ = formats.examples(rows, data, data.examples)
+    shown = (one for example in found if (one := describe(example, words, data)) is not None)
+    return "\n\n".join(itertools.islice(shown, count))
+
+
+def describe(example: formats.Example, words: tokenizer.Tokenizer, data: config.Data) -> str | None:
+    """One example, a line a token sequence; None where it is dropped."""
+    counts: collections.Counter[str] = collections.Counter()
+    kept = encode.encode([example], words, data, counts)
+    if not kept:
+        return None
+    encoded = kept[0]
+    cut = ", cut at its start" if counts["cut prompts"] else ""
+    label = "" if example.desirable is None else f"  desirable: {example.desirable}"
+    lines = [
+        f"{example.where}{label}",
+        f"  prompt: {len(encoded.prompt)} tokens, none scored, BOS "
+        f"{places(encoded.prompt, words.bos_id)}{cut}",
+        f"    {BAR}{text(encoded.prompt, words)}{BAR}",
+    ]
+    for name, ids in encoded.completions.items():
+        ended = ids[-1] == words.eos_id
+        cut = "" if ended else ", cut at its end"
+        eos = places(ids, words.eos_id)
+        lines += [
+            f"  {name}: {len(ids)} tokens, all scored, EOS {eos}{cut}",
+            f"    {BAR}{text(ids, words)}{BAR}",
+        ]
+    return "\n".join(lines)
+
+
+def places(ids: np.ndarray, special: int | None) -> str:
+    """Where a special token stands: first, last, nowhere, or its indices."""
+    found = [] if special is None else np.flatnonzero(ids == special).tolist()
+    named = {0: "first", len(ids) - 1: "last"}
+    return ", ".join(named.get(index, f"at {index}") for index in found) or "nowhere"
+
+
+def text(ids: np.ndarray, words: tokenizer.Tokenizer) -> str:
+    """The tokens with bars between them, line breaks written as \\n."""
+    return BAR.join(words.token_text(int(token)) for token in ids).replace("\n", "\\n")
+
+
+def rows(data: tokenise.Tokenised, batch_size: int, seed: int) -> str:
+    """How the first step lies in rows on one shard: the compiled shapes and the fill."""
+    plan = pack.plan(data, batch_size, 1, seed)
+    batch = pack.batch(data, plan, 0)
+    shapes = "; ".join(f"{s.rows} x {s.tokens} ({s.scored} scored)" for s in plan.ladder)
+    fill = pack.fill(batch)
+    return (
+        f"{tokenise.describe(data.report)}\n"
+        f"rows x tokens of the compiled shapes, {batch_size} examples a step: {shapes}\n"
+        f"step 0 fills {fill['fill/tokens']:.0%} of its positions and "
+        f"{fill['fill/scored']:.0%} of its scored positions"
+    )

@@ -1,0 +1,52 @@
+"""Text from a trained run."""
+
+from typing import NamedTuple
+
+import jax
+
+from dpo_jax import config, generate, initial, sharding
+from dpo_jax.data import tokenizer
+
+
+class Options(NamedTuple):
+    """How to sample."""
+
+    count: int = 4
+    max_tokens: int = 128
+    # of the softmax; 0: the likeliest token always
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+
+def sample(source: str, prompt: str, options: Options) -> list[str]:
+    """Continuations of a prompt, without it, by the newest weights of a run folder (or an HF folder
+    or preset).
+
+    A tokenizer with a chat template gets the prompt as a user's message. ValueError for a folder
+    without weights, and numbers out of range.
+    """
+    if options.count < 1:
+        raise ValueError(f"count is {options.count}; it must be at least 1")
+    if options.temperature < 0:
+        raise ValueError(f"temperature is {options.temperature}; it must be >= 0")
+    mesh = sharding.make_mesh(config.Mesh(), jax.devices())
+    model = initial.load(source, config.Model(), options.seed, mesh)
+    words = tokenizer.load_tokenizer(config.Data(), model.tokenizer)
+    messages = [{"role": "user", "content": prompt}]
+    ids = words.encode_prompt(messages if words.chat_template else prompt)
+    greedy = options.temperature == 0
+    completions = generate.complete(
+        model.model,
+        model.params,
+        [ids] * options.count,
+        jax.random.key(options.seed),
+        select=generate.greedy if greedy else generate.make_sampler(options.top_k, options.top_p),
+        max_tokens=options.max_tokens,
+        temperature=options.temperature or 1.0,
+        eos_id=words.eos_id,
+        batch_size=options.count,
+        mesh=mesh,
+    )
+    return [words.decode_plain(tokens) for tokens in completions]

@@ -1,0 +1,226 @@
+"""Whole runs: what a folder holds, exact resume, and errors before the first step."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax import checkpoint, config, flags, initial, losses, metrics, sharding, train
+from dpo_jax.data import builtin
+
+ROOT = Path(__file__).resolve().parents[1]
+FILE = ROOT / "experiments" / "dpo.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with rows of pairs, held-out ones, and a tokenizer of fewer than 512 tokens."""
+    folder = tmp_path_factory.mktemp("data")
+    reviews = builtin.corpus(120, 0)
+    builtin.write_tokenizer(folder / "tokenizer", reviews, 400)
+    rows = []
+    for chosen, rejected in zip(reviews[::2], reviews[1::2], strict=True):
+        prompt = " ".join(chosen.split()[:3])
+        rows.append({"prompt": prompt, "chosen": chosen[len(prompt) :], "rejected": " " + rejected})
+    write(folder / "train.jsonl", rows[:50])
+    write(folder / "held_out.jsonl", rows[50:])
+    return folder
+
+
+def write(file: Path, rows: list) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def experiment(folder: Path, workdir: Path, **changes) -> config.Experiment:
+    base = config.Experiment(
+        loss=config.Loss(losses.dpo, beta=0.1),
+        steps=6,
+        batch_size=8,
+        workdir=str(workdir),
+        checkpoint_every=2,
+        evaluate_every=3,
+        model=config.Model(source="tiny"),
+        data=config.Data(
+            source=str(folder / "train.jsonl"),
+            evaluation_source=str(folder / "held_out.jsonl"),
+            tokenizer=str(folder / "tokenizer"),
+            max_length=128,
+        ),
+        optimizer=config.Optimizer(learning_rate=1e-3),
+        # all devices on one axis, and no other
+        mesh=config.Mesh(fsdp=8),
+        log=config.Log(progress=False, tensorboard=False),
+    )
+    loss = changes.pop("loss", base.loss)
+    return config.override(base.replace(loss=loss), changes)
+
+
+def lines(workdir: Path) -> list[dict]:
+    """The lines of metrics.jsonl without what depends on the clock."""
+    found = metrics.read(str(workdir))
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in found]
+
+
+def params_of(workdir: Path) -> dict:
+    mesh = sharding.make_mesh(config.Mesh(), jax.devices())
+    return initial.load(str(workdir), config.Model(), 0, mesh).params
+
+
+def test_a_run_leaves_its_config_metrics_checkpoint_and_done(folder: Path, tmp_path: Path):
+    run = experiment(folder, tmp_path / "run")
+    train.train(run, FILE)
+    assert flags.load_run(str(tmp_path / "run")) == run
+    found = lines(tmp_path / "run")
+    assert [line["step"] for line in found] == [0, 1, 2, 3, 4, 5, 6]
+    assert (tmp_path / "run" / "DONE").exists()
+    np.testing.assert_allclose(found[1]["loss"], np.log(2), rtol=1e-5)
+    evaluated = [line["step"] for line in found if "eval/rewards/accuracies" in line]
+    assert evaluated == [0, 3, 6]
+    assert found[0]["eval/rewards/accuracies"] == pytest.approx(0.5)
+
+
+def test_a_finished_run_is_left_alone(folder: Path, tmp_path: Path, capsys):
+    run = experiment(folder, tmp_path / "run", steps=1, evaluate_every=None)
+    train.train(run, FILE)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    train.train(run, FILE)
+    assert "is done" in capsys.readouterr().out
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_a_folder_of_another_config_is_refused_with_the_difference(folder: Path, tmp_path: Path):
+    train.train(experiment(folder, tmp_path / "run", steps=1, evaluate_every=None), FILE)
+    other = experiment(folder, tmp_path / "run", steps=1, evaluate_every=None, **{"loss.beta": 0.5})
+    with pytest.raises(ValueError, match=r"loss\.beta: 0\.1 in the folder, 0\.5 now"):
+        train.train(other, FILE)
+
+
+KILLED = """
+import os, signal, sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+from dpo_jax import flags, metrics, train
+from tests import test_train
+from pathlib import Path
+write = metrics.Writer.write
+def dying(self, step, values):
+    write(self, step, values)
+    if step == int(sys.argv[3]):
+        os.kill(os.getpid(), getattr(signal, sys.argv[4]))
+metrics.Writer.write = dying
+run = test_train.experiment(Path(sys.argv[1]), Path(sys.argv[2]), **test_train.KINDS[sys.argv[5]]())
+train.train(run, test_train.FILE)
+"""
+
+KINDS = {
+    "dpo": lambda: {},
+    "kto": lambda: {"loss": config.Loss(losses.kto), "data.examples": "unpaired"},
+}
+
+
+def run_killed(folder: Path, workdir: Path, step: int, sent: str, kind: str) -> int:
+    arguments = [sys.executable, "-c", KILLED, folder, workdir, str(step), sent, kind]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(list(map(str, arguments)), env=environment, cwd=ROOT).returncode
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_a_run_killed_in_the_middle_goes_on_bit_for_bit(kind: str, folder: Path, tmp_path: Path):
+    whole = experiment(folder, tmp_path / "whole", **KINDS[kind]())
+    train.train(whole, FILE)
+    # step 5 is written, the newest checkpoint is of step 4
+    assert run_killed(folder, tmp_path / "killed", 5, "SIGKILL", kind) == -signal.SIGKILL
+    assert [line["step"] for line in lines(tmp_path / "killed")] == [0, 1, 2, 3, 4, 5]
+    train.train(experiment(folder, tmp_path / "killed", **KINDS[kind]()), FILE)
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+    resumed, uninterrupted = params_of(tmp_path / "killed"), params_of(tmp_path / "whole")
+    jax.tree.map(np.testing.assert_array_equal, resumed, uninterrupted)
+
+
+def test_sigterm_saves_the_step_that_it_meets_and_exits_143(folder: Path, tmp_path: Path):
+    assert run_killed(folder, tmp_path / "run", 1, "SIGTERM", "dpo") == 143
+    steps = [line["step"] for line in lines(tmp_path / "run")]
+    assert steps[-1] not in (0, 6) and steps == list(range(len(steps)))
+    with checkpoint.make_checkpointer(str(tmp_path / "run"), config.Checkpoint()) as checkpointer:
+        assert checkpoint.latest_step(checkpointer) == steps[-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.source": "{folder}/trian.jsonl"}, r"trian\.jsonl.*train\.jsonl"),
+        ({"batch_size": 12}, r"batch_size 12 does not divide over 8 batch shards.*8 or 16"),
+        ({"mesh.tensor": 3}, r"mesh\.tensor 3 = 24 devices, and there are 8"),
+        ({"model.source": "tinny"}, r"tinny"),
+        ({"data.max_length": 8, "data.over_length": "error"}, r"train\.jsonl:1"),
+        ({"reference.source": None}, r"loss dpo reads the reference.*--reference\.source"),
+        ({"data.examples": "sft"}, r"loss dpo reads the completion 'chosen'.*--data\.examples"),
+        ({"samples.count": 2, "data.evaluation_source": None}, r"samples\.count.*held-out"),
+        ({"optimizer.warmup_steps": 6}, r"warmup_steps is 6, and the run has 6 steps"),
+        ({"optimizer.kind": "rmsprop", "optimizer.b1": 0.9}, r"optimizer\.b1.*rmsprop"),
+    ],
+)
+def test_bad_input_stops_before_a_folder_is_made(changes, message, folder: Path, tmp_path: Path):
+    filled = {k: v.format(folder=folder) if isinstance(v, str) else v for k, v in changes.items()}
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        train.train(experiment(folder, tmp_path / "run", **filled), FILE)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(folder: Path, tmp_path: Path):
+    builtin.write_tokenizer(tmp_path / "large", builtin.corpus(2000, 0), 600)
+    run = experiment(folder, tmp_path / "run", **{"data.tokenizer": str(tmp_path / "large")})
+    with pytest.raises(
+        ValueError, match=r"large has \d+ tokens and the model tiny a vocabulary of 512"
+    ):
+        train.train(run, FILE)
+
+
+def test_a_reference_that_is_not_the_policy_at_step_0_stops_the_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def shifted(score, params, batch):
+        return {n: s._replace(total=s.total + s.length) for n, s in score(params, batch).items()}
+
+    monkeypatch.setattr("dpo_jax.reference.live", shifted)
+    with pytest.raises(ValueError, match=r"at step 0 .* differ by up to 1 nats a token"):
+        train.train(experiment(folder, tmp_path / "run"), FILE)
+
+
+def test_a_run_starts_from_another_run_and_has_it_as_reference(folder: Path, tmp_path: Path):
+    train.train(experiment(folder, tmp_path / "first", steps=2), FILE)
+    second = experiment(
+        folder,
+        tmp_path / "second",
+        steps=1,
+        **{"model.source": str(tmp_path / "first"), "data.tokenizer": None},
+    )
+    train.train(second, FILE)
+    np.testing.assert_allclose(lines(tmp_path / "second")[1]["loss"], np.log(2), rtol=1e-5)
+
+
+def test_samples_are_written_with_their_metrics(folder: Path, tmp_path: Path):
+    run = experiment(
+        folder, tmp_path / "run", steps=1, **{"samples.count": 4, "samples.max_tokens": 8}
+    )
+    train.train(
+        run.replace(samples=config.Samples(count=4, max_tokens=8, reward=builtin.reward)), FILE
+    )
+    found = lines(tmp_path / "run")
+    assert found[0]["samples/kl"] == pytest.approx(0.0, abs=1e-4)
+    assert found[-1]["samples/kl"] != 0
+    rows = (tmp_path / "run" / "samples" / "00000001.jsonl").read_text().splitlines()
+    assert len(rows) == 4 and set(json.loads(rows[0])) >= {"prompt", "completion", "reward", "kl"}
+
+
+def test_the_profiler_traces_its_window(folder: Path, tmp_path: Path):
+    changes = {"profile.start": 1, "profile.steps": 2, "steps": 4, "evaluate_every": None}
+    train.train(experiment(folder, tmp_path / "run", **changes), FILE)
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
