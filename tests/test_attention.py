@@ -108,7 +108,9 @@ def test_gradients_are_finite_and_pass_by_padding():
     def square_sum(arrays):
         return jnp.sum(jnp.square(self_attend(arrays)))
 
-    for gradient in jax.grad(square_sum)((query, key, value)):
+    with jax.debug_nans(True):
+        gradients = jax.grad(square_sum)((query, key, value))
+    for gradient in gradients:
         assert np.isfinite(gradient).all()
         assert np.abs(gradient[:, 1:5]).max() > 0
         np.testing.assert_array_equal(gradient[:, -1], 0)

@@ -59,7 +59,8 @@ def attend(
         "bikgd,bjkd->bkgij", query, key, preferred_element_type=jnp.float32
     )  # [B, K, G, Lq, Lk]
     mask = visible(query_ids, key_ids, window)[:, None, None, :, :]
-    # The lowest finite number and not -inf, of which a row that sees nothing would make nan.
+    # The lowest finite number and not -inf, of which a row that sees nothing would make nan on the
+    # way (masked below, yet a stop under jax_debug_nans).
     logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jnp.where(mask, jax.nn.softmax(logits, axis=-1), 0.0)
     mixed = jnp.einsum("bkgij,bjkd->bikgd", weights.astype(value.dtype), value)
