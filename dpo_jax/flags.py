@@ -14,6 +14,7 @@ import json
 import re
 import sys
 import tempfile
+import textwrap
 import traceback
 import types
 import typing
@@ -27,6 +28,10 @@ from tyro import constructors
 from dpo_jax import checks, config, environment, functions, paths
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+class BrokenFile(ValueError):
+    """An experiment file's own code raised the exception that is the cause of this one."""
 
 
 def load_module(path: str | Path) -> types.ModuleType:
@@ -48,7 +53,7 @@ def load_module(path: str | Path) -> types.ModuleType:
             module = import_file(file)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} cannot be imported: {reason}") from error
+        raise BrokenFile(f"{path} cannot be imported: {reason}") from error
     if not callable(getattr(module, "experiment", None)):
         near = checks.nearest("experiment", [n for n in vars(module) if not n.startswith("_")])
         raise ValueError(f"{path} has no function experiment() that returns the run{near}")
@@ -66,7 +71,7 @@ def built(module: types.ModuleType, path: str | Path) -> config.Experiment:
         experiment = module.experiment()
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"experiment() of {path} fails: {reason}") from error
+        raise BrokenFile(f"experiment() of {path} fails: {reason}") from error
     if not isinstance(experiment, config.Experiment):
         raise ValueError(
             f"experiment() of {path} returns {experiment!r:.100}; it must return config.Experiment"
@@ -150,8 +155,9 @@ def experiment_argument(arguments: Sequence[str], program: str) -> Path:
     lines = [f"usage: {program} EXPERIMENT.py [flags]", ""]
     lines += [f"{program} EXPERIMENT.py --help lists the flags. Experiments of this project:", ""]
     for file in experiment_files():
-        about = (ast.get_docstring(ast.parse(file.read_text())) or "").partition("\n")[0]
-        lines.append(f"  experiments/{file.name:<20} {about}")
+        about = (ast.get_docstring(ast.parse(file.read_text())) or "").partition("\n\n")[0]
+        lines.append(f"experiments/{file.name}")
+        lines.append(textwrap.fill(about, 90, initial_indent="    ", subsequent_indent="    "))
     print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
     if not asked:
         got = f"and it is {arguments[0]!r}" if arguments else "and there is none"
@@ -160,8 +166,8 @@ def experiment_argument(arguments: Sequence[str], program: str) -> Path:
 
 
 def stop(error: Exception) -> NoReturn:
-    """Prints an error, below the traceback of what caused it if any, and exits with 2."""
-    if error.__cause__ is not None:
+    """Prints an error, below the traceback where it is an experiment file's, and exits with 2."""
+    if isinstance(error, BrokenFile):
         traceback.print_exception(error.__cause__)
     print(f"error: {error}", file=sys.stderr)
     raise SystemExit(2)

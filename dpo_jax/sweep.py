@@ -110,7 +110,8 @@ def overrides(module: types.ModuleType, file: Path) -> list[dict[str, Any]]:
     try:
         found = module.sweep()
     except Exception as error:
-        raise ValueError(f"sweep() of {file} fails: {type(error).__name__}: {error}") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise flags.BrokenFile(f"sweep() of {file} fails: {reason}") from error
     if not isinstance(found, list) or not all(isinstance(point, dict) for point in found):
         raise ValueError(
             f"sweep() of {file} returns {found!r:.100}; it must return a list of dicts"
@@ -242,7 +243,10 @@ def main(
     """
     command = from_command_line(arguments, program)
     if command.list_only:
-        print(listing(command.points))
+        try:
+            print(listing(command.points))
+        except ValueError as error:
+            flags.stop(error)
         return 0
     failures = run(command.points, make_train())
     out = sys.stderr if failures else sys.stdout

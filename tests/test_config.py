@@ -80,6 +80,7 @@ def test_a_run_and_its_loss_cannot_be_changed_in_place():
     [
         ({"steps": 0}, "steps is 0; it must be >= 1"),
         ({"steps": 1.0}, "steps is 1.0; it must be of type int"),
+        ({"steps": True}, "steps is True; it must be of type int"),
         ({"evaluate_every": 0}, "evaluate_every is 0; it must be >= 1"),
         ({"loss": loss}, "loss is <function loss.*; it must be of type Loss"),
         ({"model": "builtin"}, "model is 'builtin'; it must be of type Model"),

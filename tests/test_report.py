@@ -97,6 +97,15 @@ def test_seeds_of_one_config_give_mean_and_sample_standard_deviation(root):
     ]
 
 
+def test_a_seed_that_has_not_finished_is_in_no_mean(root):
+    before = report.seed_table(runs.read(str(root)))
+    changes = {"loss.beta": 0.1, "seed": 2}
+    make_run(root, "dpo", lines(9.0, 9.0), changes, finished=False)
+    found = runs.read(str(root))
+    assert len(found) == 5
+    assert report.seed_table(found) == before
+
+
 def test_there_is_no_table_of_seeds_without_seeds(tmp_path):
     make_run(tmp_path / "runs", "dpo", lines(1.0, 4.0), {"loss.beta": 0.1})
     make_run(tmp_path / "runs", "dpo", lines(1.0, 4.0), {"loss.beta": 0.2})

@@ -262,6 +262,18 @@ def test_listing_trains_nothing(file, root, capsys):
     assert not Path(root).exists()
 
 
+def test_listing_a_folder_that_cannot_be_read_is_one_line(file, capsys, monkeypatch):
+    def exists(path: str) -> bool:
+        raise ValueError(f"{path}: no such file system") from ImportError("of no use to the reader")
+
+    monkeypatch.setattr(paths, "exists", exists)
+    with pytest.raises(SystemExit) as stopped:
+        main(file, "xx://bucket", None, "--list")
+    assert stopped.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: xx://bucket/hinge/") and printed.count("\n") == 1
+
+
 def test_listing_imports_no_jax(file, root):
     program = (
         "import runpy, sys\n"
