@@ -64,7 +64,7 @@ def check(optimizer: config.Optimizer) -> None:
     }[optimizer.kind]
     for name in unread:
         value = getattr(optimizer, name)
-        if value:
+        if value != getattr(config.Optimizer, name):
             raise ValueError(
                 f"optimizer.{name} is {value}, and {optimizer.kind} does not read it: leave it out"
             )
@@ -74,7 +74,7 @@ def make_schedule(optimizer: config.Optimizer, steps: int) -> Callable[[jax.Arra
     """Step (0 for the first update) to the share of the peak learning rate.
 
     Rises linearly over warmup_steps (the first update has share 1 / warmup_steps); then constant,
-    linear or cosine to 0 at the last step, or sqrt(warmup / step).
+    linear or cosine to 0, which the step after the last would have; or sqrt(warmup / step).
     """
     warmup = optimizer.warmup_steps
     if warmup >= steps and warmup > 0:

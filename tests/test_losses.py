@@ -400,6 +400,12 @@ def test_empty_slots_change_neither_losses_nor_statistics_nor_gradients(name, ga
         np.testing.assert_allclose(found.sums[metric], expected.sums[metric], rtol=2e-6)
 
 
+def test_a_mean_over_the_batch_is_of_the_examples_that_are_there():
+    values, weight = jnp.array([1.0, jnp.nan, 3.0]), jnp.array([1.0, 0.0, 1.0])
+    assert losses.batch_mean(values, {"weight": weight}) == 2.0
+    assert losses.batch_mean(values, {"weight": 0 * weight}) == 0.0
+
+
 def test_a_tie_counts_as_half_right():
     chosen, rejected = jnp.array([1.0, 2.0, 3.0]), jnp.array([2.0, 2.0, 2.0])
     metrics = losses.pair_metrics(chosen, rejected)

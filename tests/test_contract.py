@@ -1,0 +1,198 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax import contract, losses
+
+PAIRS = ("chosen", "rejected")
+UNPAIRED = ("completion", "mismatched")
+
+
+def check(loss, names=PAIRS, columns=(), *, has_reference=True, **hyperparameters):
+    contract.check(loss, hyperparameters, names, columns, has_reference)
+
+
+def margin(policy, reference):
+    chosen = losses.log_ratio(policy, reference, "chosen")
+    return chosen - losses.log_ratio(policy, reference, "rejected")
+
+
+@pytest.mark.parametrize(
+    ("loss", "names", "columns", "has_reference"),
+    [
+        (losses.dpo, PAIRS, (), True),
+        (losses.ipo, PAIRS, (), True),
+        (losses.ipo_sum, PAIRS, (), True),
+        (losses.kto, UNPAIRED, ("desirable",), True),
+        (losses.orpo, PAIRS, (), False),
+        (losses.sft, ("completion",), (), False),
+    ],
+)
+def test_every_loss_passes_with_its_own_inputs(loss, names, columns, has_reference):
+    check(loss, names, columns, has_reference=has_reference)
+
+
+def test_every_loss_passes_with_more_completions_than_it_reads():
+    check(losses.sft, UNPAIRED, ("desirable",), has_reference=False)
+
+
+def test_hyperparameters_reach_the_loss():
+    seen = []
+
+    def loss(policy, reference, batch, *, beta):
+        seen.append(beta)
+        return beta * margin(policy, reference), {}
+
+    check(loss, beta=0.25)
+    assert set(seen) == {0.25}
+
+
+@pytest.mark.parametrize(
+    ("loss", "names", "missing", "cure"),
+    [
+        (losses.dpo, UNPAIRED, "'chosen'", "pairs (chosen, rejected)"),
+        (losses.kto, PAIRS, "'completion'", "unpaired (completion, mismatched)"),
+        (losses.kto, ("completion",), "'mismatched'", "unpaired (completion, mismatched)"),
+    ],
+)
+def test_a_completion_that_the_data_lack_is_named_with_the_cure(loss, names, missing, cure):
+    with pytest.raises(ValueError) as error:
+        check(loss, names, ("desirable",))
+    assert f"loss {loss.__name__} reads the completion {missing}" in str(error.value)
+    assert f"the data give {', '.join(names)}" in str(error.value)
+    assert "--data.examples" in str(error.value) and cure in str(error.value)
+
+
+def test_a_missing_label_is_named_with_the_cure():
+    with pytest.raises(ValueError, match=r"kto reads batch\['desirable'\].*examples unpaired"):
+        check(losses.kto, UNPAIRED)
+
+
+def test_a_missing_column_of_another_name_is_named_without_that_cure():
+    def weighted(policy, reference, batch):
+        return batch["gap"] * margin(policy, reference), {}
+
+    with pytest.raises(ValueError, match=r"reads batch\['gap'\], and the batch has weight$"):
+        check(weighted)
+
+
+def test_a_loss_that_reads_a_reference_needs_one():
+    with pytest.raises(ValueError, match="dpo reads the reference, and reference.source is None"):
+        check(losses.dpo, has_reference=False)
+
+
+def test_a_reference_that_no_one_reads_is_refused():
+    with pytest.raises(ValueError, match="orpo reads no reference: set --reference.source None"):
+        check(losses.orpo, has_reference=True)
+
+
+def test_losses_must_be_one_number_an_example():
+    def mean(policy, reference, batch):
+        return jnp.mean(margin(policy, reference)), {}
+
+    with pytest.raises(ValueError, match=re.escape("loss mean returned losses of shape ()")):
+        check(mean)
+
+
+def test_metrics_must_be_one_number_an_example():
+    def loss(policy, reference, batch):
+        return margin(policy, reference), {"gap": jnp.zeros((4, 2))}
+
+    with pytest.raises(ValueError, match=re.escape("returned metric gap of shape (4, 2)")):
+        check(loss)
+
+
+def test_losses_must_be_finite():
+    def loss(policy, reference, batch):
+        return jnp.log(margin(policy, reference) * 0.0), {}
+
+    with pytest.raises(ValueError, match="loss loss is .*must be finite"):
+        check(loss)
+
+
+def centred(policy, reference, batch):
+    values = margin(policy, reference)
+    return values - losses.batch_mean(values, batch), {}
+
+
+def centred_without_gradient(policy, reference, batch):
+    values = margin(policy, reference)
+    return values - jax.lax.stop_gradient(losses.batch_mean(values, batch)), {}
+
+
+def clamped_from_below(policy, reference, batch):
+    values = margin(policy, reference)
+    return values - jnp.maximum(losses.batch_mean(values, batch), 0.0), {}
+
+
+def clamped_from_above(policy, reference, batch):
+    values = margin(policy, reference)
+    return values - jnp.minimum(losses.batch_mean(values, batch), 0.0), {}
+
+
+def mean_of_the_rejected(policy, reference, batch):
+    ratio = losses.log_ratio(policy, reference, "rejected")
+    return margin(policy, reference) - losses.batch_mean(ratio, batch), {}
+
+
+def ranked(policy, reference, batch):
+    return jnp.sort(margin(policy, reference)), {}
+
+
+MEETING = [
+    centred,
+    centred_without_gradient,
+    clamped_from_below,
+    clamped_from_above,
+    mean_of_the_rejected,
+    ranked,
+]
+
+
+@pytest.mark.parametrize("loss", MEETING)
+def test_undeclared_batch_statistics_are_found(loss):
+    with pytest.raises(ValueError, match=r"declare\(batch_statistics=True\)"):
+        check(loss)
+
+
+@pytest.mark.parametrize("loss", MEETING[:3])
+def test_declared_batch_statistics_pass(loss):
+    def declared(policy, reference, batch):
+        return loss(policy, reference, batch)
+
+    check(contract.declare(batch_statistics=True)(declared))
+
+
+def test_kto_without_its_declaration_would_be_found():
+    def undeclared(policy, reference, batch):
+        return losses.kto(policy, reference, batch)
+
+    with pytest.raises(ValueError, match="undeclared"):
+        check(undeclared, UNPAIRED, ("desirable",))
+
+
+def test_only_kto_declares_batch_statistics():
+    everyone = [losses.dpo, losses.ipo, losses.ipo_sum, losses.kto, losses.orpo, losses.sft]
+    assert [loss for loss in everyone if contract.needs(loss).batch_statistics] == [losses.kto]
+
+
+def test_weighted_sums_leave_out_nan_metrics_and_empty_slots():
+    nan = jnp.nan
+    sums = contract.weighted_sums(
+        jnp.array([1.0, 2.0, 4.0, nan]),
+        {"some": jnp.array([nan, 3.0, 5.0, 7.0]), "none": jnp.full(4, nan)},
+        jnp.array([1.0, 0.5, 1.0, 0.0]),
+    )
+    assert {name: np.asarray(value).tolist() for name, value in sums.items()} == {
+        "loss": [1 + 1 + 4, 2.5],
+        "some": [1.5 + 5, 1.5],
+        "none": [0, 0],
+    }
+
+
+def test_a_nan_loss_of_an_example_that_is_there_is_not_hidden():
+    sums = contract.weighted_sums(jnp.array([1.0, jnp.nan]), {}, jnp.ones(2))
+    assert np.isnan(sums["loss"][0])

@@ -1,0 +1,188 @@
+"""Dimensions: B rows, L tokens, S scored tokens, N examples, V vocabulary, D width."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax import logps
+from dpo_jax.data import pack
+from dpo_jax.model import config, decoder
+from dpo_jax.model.attention import Ids
+
+MODEL = decoder.Decoder(dataclasses.replace(config.PRESETS["tiny"], vocabulary_size=48))
+
+
+@pytest.fixture(scope="module")
+def params(draw_params) -> dict:
+    return draw_params(MODEL.config)
+
+
+@functools.cache
+def jitted_hidden():
+    return jax.jit(lambda params, tokens, ids: MODEL.apply({"params": params}, tokens, ids))
+
+
+@functools.cache
+def jitted_score():
+    return jax.jit(functools.partial(logps.score, MODEL))
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def score_alone(params: dict, prompt: np.ndarray, completion: np.ndarray) -> float:
+    """log p(completion | prompt) in float64 from the full logits of a row of its own."""
+    row = np.zeros((1, 32), np.int32)
+    length = len(prompt) + len(completion)
+    row[0, :length] = np.concatenate([prompt, completion])
+    example = (np.arange(32) < length).astype(np.int32)[None]
+    ids = Ids(example, np.zeros_like(row), np.arange(32, dtype=np.int32)[None])
+    hidden: Any = jitted_hidden()(params, row, ids)
+    logits = np.float64(hidden[0]) @ np.float64(params["embedding"]).T
+    predicted = log_softmax(logits)[len(prompt) - 1 : length - 1]
+    return float(predicted[np.arange(len(completion)), completion].sum())
+
+
+def random_scored(rows=2, scored=12, vocabulary=20, width=6):
+    generator = np.random.default_rng(0)
+    return (
+        generator.normal(size=(rows, scored, width)).astype(np.float32),
+        generator.normal(size=(width, vocabulary)).astype(np.float32),
+        generator.integers(0, vocabulary, (rows, scored), np.int32),
+    )
+
+
+def oracle(hidden, head, target, cotangent):
+    """log p(target) and the gradients of its sum with the cotangent, in float64."""
+    hidden, head = np.float64(hidden), np.float64(head)
+    table = log_softmax(hidden @ head)
+    picked = np.take_along_axis(table, target[..., None], -1)[..., 0]
+    slope = (np.eye(head.shape[1])[target] - np.exp(table)) * cotangent[..., None]
+    return picked, slope @ head.T, np.einsum("bsd,bsv->dv", hidden, slope)
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 12])
+def test_chunked_log_probabilities_equal_those_of_the_full_logits(monkeypatch, chunks):
+    hidden, head, target = random_scored()
+    monkeypatch.setattr(logps, "CHUNK_ELEMENTS", 2 * (12 // chunks) * 20)
+    assert logps.chunk_count(2, 12, 20) == chunks
+    cotangent = np.random.default_rng(1).normal(size=target.shape).astype(np.float32)
+
+    def total(hidden, head):
+        found = logps.token_logps(hidden, head, target)
+        return (found * cotangent).sum(), found
+
+    gradient = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+    (_, found), slopes = gradient(hidden, head)
+    expected, *expected_slopes = oracle(hidden, head, target, cotangent)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=2e-6)
+    for slope, expected_slope in zip(slopes, expected_slopes, strict=True):
+        np.testing.assert_allclose(slope, expected_slope, rtol=1e-5, atol=2e-6)
+
+
+def test_of_bfloat16_hidden_states_the_logits_are_float32():
+    hidden, head, target = random_scored()
+    hidden, head = jnp.bfloat16(hidden), jnp.bfloat16(head)
+    expected, *_ = oracle(np.float32(hidden), np.float32(head), target, np.ones(target.shape))
+    found = logps.token_logps(hidden, jnp.float32(head), jnp.asarray(target))
+    assert found.dtype == jnp.float32
+    # the inputs are rounded to bfloat16 in both, and nothing after them
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scored", [1, 7, 12, 96, 100])
+@pytest.mark.parametrize("rows", [1, 5, 64])
+def test_the_number_of_chunks_bounds_the_logits_and_is_the_smallest(monkeypatch, rows, scored):
+    monkeypatch.setattr(logps, "CHUNK_ELEMENTS", 4000)
+    vocabulary = 50
+    count = logps.chunk_count(rows, scored, vocabulary)
+    assert scored % count == 0
+    assert rows * scored // count * vocabulary <= 4000
+    smaller = [n for n in range(1, count) if scored % n == 0]
+    assert all(rows * scored // n * vocabulary > 4000 for n in smaller)
+
+
+def test_rows_too_many_for_any_chunk_take_a_scored_token_at_a_time(monkeypatch):
+    monkeypatch.setattr(logps, "CHUNK_ELEMENTS", 10)
+    assert logps.chunk_count(4, 6, 50) == 6
+
+
+def sizes_of(jaxpr, vocabulary: int) -> list[int]:
+    """Elements of every intermediate array, of all nested programs, that ends in V."""
+    found = []
+    for equation in jaxpr.eqns:
+        shapes = [variable.aval.shape for variable in equation.outvars]
+        found += [int(np.prod(shape)) for shape in shapes if shape[-1:] == (vocabulary,)]
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            found += sizes_of(inner, vocabulary) if hasattr(inner, "eqns") else []
+    return found
+
+
+def test_neither_pass_holds_the_logits_of_all_scored_tokens(monkeypatch):
+    rows, scored, vocabulary, width = 2, 12, 20, 6
+    hidden, head, target = random_scored(rows, scored, vocabulary, width)
+    chunk = rows * (scored // 4) * vocabulary
+    monkeypatch.setattr(logps, "CHUNK_ELEMENTS", chunk)
+
+    def total(hidden, head):
+        return logps.token_logps(hidden, head, target).sum()
+
+    program = jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(hidden, head)
+    assert max(sizes_of(program.jaxpr, vocabulary)) == chunk
+
+
+def test_packed_rows_score_each_completion_as_if_it_were_alone(draw_examples, params):
+    data = draw_examples(24, seed=3, vocabulary=48)
+    batch = pack.batch(data, pack.plan(data, 12, 1, seed=0), 0)
+    scores = jitted_score()(params, {k: v for k, v in batch.items() if k != "index"})
+    slots = np.flatnonzero(batch["weight"])
+    assert len(slots) == 12 and len(batch["tokens"]) < 12
+    for c, name in enumerate(data.names):
+        expected = [
+            score_alone(
+                params,
+                data.tokens[slice(*data.prompts[i])],
+                data.tokens[slice(*data.completions[i, c])],
+            )
+            for i in batch["index"][slots]
+        ]
+        np.testing.assert_allclose(scores[name].total[slots], expected, rtol=1e-5)
+        spans = data.completions[batch["index"][slots], c]
+        assert scores[name].length[slots].tolist() == (spans[:, 1] - spans[:, 0]).tolist()
+        empty = batch["weight"] == 0
+        assert not np.asarray(scores[name].total)[empty].any()
+
+
+def test_neither_padding_nor_other_examples_change_an_examples_scores(draw_examples, params):
+    data = draw_examples(24, seed=3, vocabulary=48)
+    batch = pack.batch(data, pack.plan(data, 12, 1, seed=0), 0)
+    batch.pop("index")
+    before = jitted_score()(params, batch)
+    first = batch["example"] == 1
+    assert (batch["example"] > 1).any() and (batch["example"] == 0).any()
+    other = np.random.default_rng(5).integers(1, 48, batch["tokens"].shape, np.int32)
+    mixed = {**batch, "tokens": np.where(first, batch["tokens"], other)}
+    after = jitted_score()(params, mixed)
+    slots = np.arange(len(batch["weight"])) % (len(batch["weight"]) // len(first)) == 0
+    slots &= batch["weight"] > 0
+    for name in data.names:
+        was, now = np.asarray(before[name].total), np.asarray(after[name].total)
+        np.testing.assert_allclose(now[slots], was[slots], rtol=1e-6)
+        assert (np.abs(now - was)[~slots & (batch["weight"] > 0)] > 1e-3).any()
+
+
+def test_sums_go_by_slot_within_each_row():
+    values = jnp.array([[1.0, 2.0, 4.0, 8.0], [16.0, 32.0, 64.0, 128.0]])
+    slot = jnp.array([[1, 2, 1, 0], [3, 0, 3, 1]])
+    assert logps.sum_slots(values, slot, 3).tolist() == [[5.0, 2.0, 0.0], [128.0, 0.0, 80.0]]

@@ -1,0 +1,176 @@
+import re
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from dpo_jax import config, initial, optimizer, sharding
+from dpo_jax.model import decoder
+from dpo_jax.model.config import PRESETS
+
+TINY = PRESETS["tiny"]
+
+
+@pytest.fixture(scope="module")
+def mesh() -> jax.sharding.Mesh:
+    return sharding.make_mesh(config.Mesh(data=2, fsdp=2, tensor=2), jax.devices())
+
+
+@pytest.fixture(scope="module")
+def shapes() -> dict:
+    return initial.decoder_shapes(TINY)
+
+
+def mesh_shape(axes: config.Mesh, devices: int) -> dict[str, int]:
+    return dict(sharding.make_mesh(axes, jax.devices()[:devices]).shape)
+
+
+def test_fsdp_takes_the_devices_that_the_other_axes_leave():
+    assert mesh_shape(config.Mesh(), 8) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert mesh_shape(config.Mesh(data=2, tensor=2), 8) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert mesh_shape(config.Mesh(fsdp=1), 1) == {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("axes", "product"),
+    [
+        (config.Mesh(data=2, fsdp=2, tensor=1), "mesh.data 2 x mesh.fsdp 2 x mesh.tensor 1 = 4"),
+        (config.Mesh(data=3), "mesh.data 3 x mesh.fsdp 2 x mesh.tensor 1 = 6"),
+        (config.Mesh(data=16), "mesh.data 16 x mesh.fsdp 0 x mesh.tensor 1 = 0"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_the_cure(axes, product):
+    with pytest.raises(ValueError) as error:
+        sharding.make_mesh(axes, jax.devices())
+    assert product in str(error.value)
+    assert "there are 8" in str(error.value) and "--mesh.data" in str(error.value)
+
+
+def test_rows_lie_over_data_and_fsdp(mesh):
+    assert sharding.batch_shards(mesh) == 4
+    assert sharding.rows(mesh).spec == P(("data", "fsdp"))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "microbatches", "suggestion"),
+    [
+        (18, 1, "= 4 parts: take 16 or 20, or more tensor shards"),
+        (12, 2, "= 8 parts: take 8 or 16,"),
+        (2, 1, "= 4 parts: take 4,"),
+    ],
+)
+def test_a_batch_that_does_not_divide_is_refused_with_sizes_that_do(
+    mesh, batch_size, microbatches, suggestion
+):
+    with pytest.raises(ValueError) as error:
+        sharding.check_batch_size(batch_size, microbatches, mesh)
+    assert f"batch_size {batch_size} does not divide" in str(error.value)
+    assert suggestion in str(error.value)
+    for size in re.findall(r"\d+", suggestion.partition("take")[2]):
+        sharding.check_batch_size(int(size), microbatches, mesh)
+
+
+def test_parameters_lie_by_the_rules(mesh, shapes):
+    specs = jax.tree.map(lambda placed: placed.spec, sharding.parameters(shapes, mesh))
+    attention = specs["layers"]["attention"]
+    assert specs["embedding"] == P("tensor", "fsdp")
+    assert attention["query"]["kernel"] == P(None, "fsdp", "tensor", None)
+    assert attention["key"]["kernel"] == P(None, "fsdp", "tensor", None)
+    assert attention["output"]["kernel"] == P(None, "tensor", None, "fsdp")
+    assert specs["layers"]["mlp"]["up"]["kernel"] == P(None, "fsdp", "tensor")
+    assert specs["layers"]["mlp"]["down"]["kernel"] == P(None, "tensor", "fsdp")
+    assert specs["layers"]["mlp_norm"]["scale"] == P(None, "fsdp")
+    assert specs["norm"]["scale"] == P("fsdp")
+
+
+def test_placed_parameters_keep_their_numbers_and_are_split(mesh, draw_params):
+    params = draw_params(TINY)
+    placed = sharding.place(params, mesh)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(placed), params)
+    kernel = placed["layers"]["mlp"]["up"]["kernel"]
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 32, 64)}
+
+
+def test_an_axis_that_its_mesh_axis_does_not_divide_stays_whole(shapes):
+    # two heads of keys over eight devices; 64 x 4 x 16 and 512 x 64 do divide
+    mesh = sharding.make_mesh(config.Mesh(fsdp=1, tensor=8), jax.devices())
+    attention = sharding.parameters(shapes, mesh)["layers"]["attention"]
+    assert attention["key"]["kernel"].spec == P(None, "fsdp", None, None)
+    assert sharding.parameters(shapes, mesh)["embedding"].spec == P("tensor", "fsdp")
+
+
+def test_a_mesh_axis_used_twice_is_refused(mesh, shapes, monkeypatch):
+    monkeypatch.setitem(sharding.RULES, "width", "tensor")
+    with pytest.raises(ValueError, match=r"parameter \['embedding'\].*mesh axis twice"):
+        sharding.parameters(shapes, mesh)
+
+
+def test_a_parameter_without_a_rule_is_refused(mesh, shapes):
+    with pytest.raises(ValueError, match="no rule in LOGICAL_AXES for parameter router"):
+        sharding.parameters({**shapes, "router": shapes["norm"]["scale"]}, mesh)
+
+
+def test_shapes_with_shardings_keep_shape_and_type(mesh, shapes):
+    found = sharding.with_shardings(shapes, mesh)["embedding"]
+    assert (found.shape, found.dtype) == ((512, 64), np.float32)
+    assert found.sharding == sharding.parameters(shapes, mesh)["embedding"]
+
+
+def moments(kind, mesh, shapes):
+    """Optimizer state's shapes, and where each would lie."""
+    tx = optimizer.make(config.Optimizer(kind=kind))
+    state = jax.eval_shape(tx.init, shapes)
+    placed = sharding.parameters(shapes, mesh)
+    return state, placed, sharding.like_parameters(state, shapes, placed, mesh)
+
+
+def test_moments_lie_where_their_parameters_do_and_counts_everywhere(mesh, shapes):
+    state, placed, found = moments("adamw", mesh, shapes)
+    adam = [part for part in found if isinstance(part, optax.ScaleByAdamState)][0]
+    for moment in (adam.mu, adam.nu):
+        jax.tree.map(lambda one, other: _same(one, other), moment, placed)
+    assert adam.count == sharding.replicated(mesh)
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+
+
+def _same(one, other):
+    assert one == other
+
+
+def test_factors_of_moments_lie_everywhere_and_whole_moments_with_their_parameters(mesh):
+    config_of_large = PRESETS["reviews-1m"]
+    shapes = initial.decoder_shapes(config_of_large)
+    state, placed, found = moments("adafactor", mesh, shapes)
+    flat = dict(jax.tree_util.tree_leaves_with_path(found))
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in flat.items()}
+    whole = [leaf for path, leaf in leaves.items() if path.endswith(".v['norm']['scale']")]
+    factors = [
+        leaf
+        for path, leaf in leaves.items()
+        if ".v_row" in path and path.endswith("['mlp']['up']['kernel']")
+    ]
+    assert whole == [placed["norm"]["scale"]]
+    assert factors == [sharding.replicated(mesh)]
+
+
+def test_a_batch_lies_by_rows_and_its_index_stays_on_the_host(mesh):
+    batch = {
+        "tokens": np.arange(24, dtype=np.int32).reshape(8, 3),
+        "length": {"chosen": np.arange(16, dtype=np.int32)},
+        "index": np.arange(16),
+    }
+    placed = sharding.put_batch(batch, mesh)
+    assert set(placed) == {"tokens", "length"}
+    np.testing.assert_array_equal(placed["tokens"], batch["tokens"])
+    assert {shard.data.shape for shard in placed["tokens"].addressable_shards} == {(2, 3)}
+    assert {shard.data.shape for shard in placed["length"]["chosen"].addressable_shards} == {(4,)}
+
+
+def test_a_decoder_made_on_a_mesh_equals_the_one_made_on_one_device(mesh):
+    settings = config.Model(source="tiny")
+    found = initial.load("tiny", settings, 3, mesh)
+    alone = jax.jit(decoder.init, static_argnums=0)(TINY, jax.random.key(3))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found.params), alone)
+    assert found.params["embedding"].sharding.spec == P("tensor", "fsdp")
