@@ -4,7 +4,6 @@ finite.
 
 import json
 import math
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,22 +45,20 @@ class Writer:
     """Writes one line a step wherever the config says."""
 
     def __init__(self, folder: str, log: config.Log, steps: int, first_step: int, run_config: dict):
-        self._path = paths.join(folder, JSONL)
-        self._lines = _Appender(self._path)
-        self._steps, self._started, self._first = steps, time.monotonic(), first_step
+        self._wandb = None
+        if log.wandb_project is not None:
+            # first, since it may refuse, and nothing is open yet
+            self._wandb = start_wandb(log.wandb_project, folder, run_config)
+        self._lines = _Appender(paths.join(folder, JSONL))
         self._bar = tqdm.tqdm(
             total=steps, initial=first_step, unit="step", disable=not log.progress
         )
         self._board = None
-        self._wandb = None
         if log.tensorboard and paths.is_local(folder):
             import tensorboardX
 
-            self._board = tensorboardX.SummaryWriter(
-                paths.join(folder, "tensorboard"), purge_step=first_step + 1
-            )
-        if log.wandb_project is not None:
-            self._wandb = start_wandb(log.wandb_project, folder, run_config)
+            _, name = paths.locate(paths.join(folder, "tensorboard"))
+            self._board = tensorboardX.SummaryWriter(name, purge_step=first_step + 1)
 
     def __enter__(self) -> "Writer":
         return self
@@ -122,7 +119,7 @@ class _Appender:
 
     def __init__(self, path: str):
         self._path = path
-        self._local = open(path, "a", encoding="utf-8") if paths.is_local(path) else None
+        self._local = paths.open(path, "a") if paths.is_local(path) else None
         self._lines = (
             paths.read_text(path).splitlines() if not self._local and paths.exists(path) else []
         )
