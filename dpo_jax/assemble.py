@@ -191,8 +191,7 @@ def accumulation(experiment: config.Experiment) -> Callable:
 
 
 def make_state(params, tx: optax.GradientTransformation, mesh) -> tuple[train_step.TrainState, Any]:
-    """The state before the first update, and its shardings: moments lie where their parameters "
-    "do."""
+    """The state before the first update, and its shardings: moments lie where parameters do."""
     placed = sharding.parameters(params, mesh)
     abstract = jax.eval_shape(tx.init, params)
     moments = sharding.like_parameters(abstract, params, placed, mesh)

@@ -27,12 +27,18 @@ def make_checkpointer(folder: str, settings: config.Checkpoint) -> ocp.training.
     always: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
     both: Any = policies.AnyPreservationPolicy(kept)
     return ocp.training.Checkpointer(
-        paths.join(folder, "checkpoints"),
+        checkpoints(folder),
         preservation_policy=both,
         # when to save is the train loop's to say
         save_decision_policy=always,
         cleanup_tmp_directories=True,
     )
+
+
+def checkpoints(folder: str) -> str:
+    """Where a run folder's checkpoints lie; Orbax takes no relative path and no file://."""
+    path = paths.join(folder, "checkpoints")
+    return paths.locate(path)[1] if paths.is_local(path) else path
 
 
 def save(
@@ -64,9 +70,11 @@ def restore(checkpointer: ocp.training.Checkpointer, step: int, abstract: dict) 
 
 
 def load_params(folder: str, abstract) -> tuple[int, dict]:
-    """Step and parameters of a run folder's newest checkpoint, on the devices that `abstract` "
-    "says."""
-    with ocp.training.Checkpointer(paths.join(folder, "checkpoints")) as checkpointer:
+    """Step and parameters of a run folder's newest checkpoint, on the devices that `abstract` says.
+
+    ValueError where there is none.
+    """
+    with ocp.training.Checkpointer(checkpoints(folder)) as checkpointer:
         step = latest_step(checkpointer)
         if step is None:
             raise ValueError(f"{folder} has no finished checkpoint: let the run save one first")

@@ -37,8 +37,7 @@ def needs(loss: Callable) -> Needs:
 
 
 class _Completions(dict):
-    """Completions by name, that names the cure when a loss asks for one that the data do not "
-    "give."""
+    """Completions by name, with the cure where a loss asks for one that the data do not give."""
 
     def __init__(self, values: Mapping, loss: str):
         super().__init__(values)
@@ -85,8 +84,8 @@ def check(
     """Runs the loss on four made-up examples; ValueError says which part of the contract it breaks.
 
     The parts: it reads only completions and columns that the data give; it reads a reference if and
-    only if there is one; it returns losses [N] and metrics [N], finite; examples do not meet unless
-    `declare` said so.
+    only if there is one; it returns losses [N], finite, and metrics [N]; examples do not meet
+    unless `declare` said so.
     """
     loss_of = functools.partial(loss, **hyperparameters)
     title = loss.__name__
