@@ -1,0 +1,167 @@
+"""The same loss and gradient whatever the devices, mesh, microbatches, packing or reference's kind.
+
+A tiny decoder in float32. Every way is compared with the plainest: one device, all rows at once,
+packed, a live reference. Tolerance: 1e-4 of the largest element of each parameter's gradient.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax import config, logps, losses, reference, sharding, train_step
+from dpo_jax.data import pack
+from dpo_jax.model import decoder
+from dpo_jax.model.config import PRESETS
+
+MODEL = decoder.Decoder(PRESETS["tiny"])
+TOLERANCE = 1e-4
+EXAMPLES = 24
+NAMES = ("completion", "mismatched")
+score = functools.partial(logps.score, MODEL)
+
+
+def all_losses(policy, anchor, batch, *, dpo: Any, ipo: Any, orpo: Any, kto: Any):
+    """A weighted sum of the losses, so that one compiled program serves each of them.
+
+    The two completions of an example are a pair to the first three.
+    """
+    pair, pair_anchor = (
+        {"chosen": side["completion"], "rejected": side["mismatched"]} for side in (policy, anchor)
+    )
+    of_kto, metrics = losses.kto(policy, anchor, batch)
+    values = dpo * losses.dpo(pair, pair_anchor, batch)[0]
+    values += ipo * losses.ipo(pair, pair_anchor, batch)[0]
+    values += orpo * losses.orpo(pair, None, batch)[0]
+    return values + kto * of_kto, {"kl": metrics["kl"]}
+
+
+class Way(NamedTuple):
+    """How loss and gradient are computed."""
+
+    mesh: config.Mesh = config.Mesh(fsdp=1)
+    microbatches: int = 1
+    accumulate: Callable = train_step.whole
+    packed: bool = True
+    cached: bool = False
+
+
+class Result(NamedTuple):
+    """Of one loss: its value, KTO's KL, and the gradient."""
+
+    loss: float
+    kl: float
+    gradient: dict
+
+
+LOSSES = ("dpo", "ipo", "orpo", "kto")
+
+
+@pytest.fixture(scope="module")
+def compute(draw_examples, draw_params) -> Callable[[Way], dict[str, Result]]:
+    """All losses by a way; the plainest is computed once."""
+    # seeds for which KTO's KL is positive
+    policy, anchor = draw_params(MODEL.config, seed=0), draw_params(MODEL.config, seed=2)
+    data = draw_examples(EXAMPLES, NAMES, seed=2, tokens=(1, 12))
+
+    def load_table() -> reference.Table:
+        mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+        plan = pack.plan(data, 8, 1, seed=0)
+        return reference.load_table(MODEL, anchor, "invariance", data, plan, mesh)
+
+    @functools.cache
+    def compute(way: Way) -> dict[str, Result]:
+        devices = jax.devices()[: way.mesh.data * (way.mesh.fsdp or 1) * way.mesh.tensor]
+        mesh = sharding.make_mesh(way.mesh, devices)
+        batch = make_batch(data, sharding.batch_shards(mesh) * way.microbatches, way.packed)
+        if way.cached:
+            batch = reference.with_table(batch, load_table())
+        live = functools.partial(reference.live, score)
+        scoring = train_step.Scoring(score, reference.cached if way.cached else live, all_losses)
+        run = jax.jit(functools.partial(way.accumulate, scoring))
+        where, placed = sharding.put_batch(batch, mesh), sharding.place(policy, mesh)
+        other = None if way.cached else sharding.place(anchor, mesh)
+        found = {name: as_result(*run(placed, other, where, only(name))) for name in LOSSES}
+        assert run._cache_size() == 1
+        return found
+
+    return compute
+
+
+def only(loss: str) -> dict[str, jax.Array]:
+    """Shares of the losses: 1 for one of them."""
+    return {name: jnp.float32(name == loss) for name in LOSSES}
+
+
+def make_batch(data, parts: int, packed: bool) -> dict:
+    plan = pack.plan(data, EXAMPLES, parts, seed=0)
+    if not packed:
+        shape = plan.ladder[-1]._replace(rows=EXAMPLES, examples=1)
+        plan = pack.Plan(EXAMPLES, parts, 0, (shape,))
+    batch = pack.batch(data, plan, 0)
+    assert batch["weight"].sum() == EXAMPLES
+    assert len(batch["tokens"]) < EXAMPLES if packed else len(batch["tokens"]) == EXAMPLES
+    return batch
+
+
+def as_result(gradient, sums: train_step.Sums) -> Result:
+    found, kl = (jax.device_get(sums.metrics[name]) for name in ("loss", "kl"))
+    return Result(found[0] / found[1], kl[0] / kl[1], jax.device_get(gradient))
+
+
+def deviation(found: Result, expected: Result) -> float:
+    """The largest difference, of the loss relative to it, of a gradient to its largest element."""
+    pairs = zip(jax.tree.leaves(found.gradient), jax.tree.leaves(expected.gradient), strict=True)
+    differences = [np.abs(one - other).max() / np.abs(other).max() for one, other in pairs]
+    return float(max([*differences, abs(found.loss / expected.loss - 1)]))
+
+
+WAYS = {
+    "data 8": Way(config.Mesh(data=8, fsdp=1)),
+    "fsdp 8": Way(config.Mesh(fsdp=8)),
+    "fsdp 4, tensor 2": Way(config.Mesh(fsdp=4, tensor=2)),
+    "data 2, fsdp 2, tensor 2": Way(config.Mesh(data=2, fsdp=2, tensor=2)),
+    "2 microbatches": Way(microbatches=2, accumulate=train_step.make_microbatched(2)),
+    "4 microbatches": Way(microbatches=4, accumulate=train_step.make_microbatched(4)),
+    "2 microbatches in two passes": Way(microbatches=2, accumulate=train_step.make_two_pass(2)),
+    "4 microbatches in two passes": Way(microbatches=4, accumulate=train_step.make_two_pass(4)),
+    "all at once": Way(config.Mesh(2, 2, 2), 2, train_step.make_two_pass(2), cached=True),
+    "one example a row": Way(packed=False),
+    "cached reference": Way(cached=True),
+}
+
+
+def of_each_microbatch(way: Way) -> bool:
+    """Whether KTO has the KL of each microbatch, and so another loss."""
+    return way.microbatches > 1 and "microbatched" in way.accumulate.__qualname__
+
+
+# the first two are in test_train_step with a smaller model
+SLOW = ("4 microbatches", "2 microbatches in two passes", "all at once")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in WAYS],
+)
+def test_loss_and_gradient_are_those_of_the_plainest_way(name, compute):
+    expected, found = compute(Way()), compute(WAYS[name])
+    compared = [loss for loss in LOSSES if loss != "kto" or not of_each_microbatch(WAYS[name])]
+    deviations = {loss: deviation(found[loss], expected[loss]) for loss in compared}
+    print(f"{name}: {deviations}")
+    assert max(deviations.values()) < TOLERANCE, deviations
+    if "kto" in compared:
+        assert found["kto"].kl == pytest.approx(expected["kto"].kl, rel=TOLERANCE)
+
+
+def test_the_losses_compared_have_gradients_that_differ_and_a_kl(compute):
+    results = compute(Way())
+    assert results["kto"].kl > 0.1
+    for one in LOSSES:
+        assert np.abs(results[one].gradient["embedding"]).max() > 1e-4
+        for other in LOSSES:
+            assert one == other or deviation(results[one], results[other]) > 0.1
