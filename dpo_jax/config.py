@@ -247,7 +247,7 @@ class Task:
     held_out_prefixes: Count = 256
     # completions sampled from the SFT model for each prefix
     completions: Annotated[int, Ge(2)] = 4
-    # pairs taken of each prefix's completions, those of different reward; None: all
+    # pairs taken of each prefix's completions, the widest gaps in reward first; None: all
     pairs_per_prefix: Count | None = 2
     # of the corpus, the SFT model and the sampled pairs
     seed: CountOrZero = 0

@@ -4,6 +4,7 @@ finite.
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,7 +52,12 @@ class Writer:
             self._wandb = start_wandb(log.wandb_project, folder, run_config)
         self._lines = _Appender(paths.join(folder, JSONL))
         self._bar = tqdm.tqdm(
-            total=steps, initial=first_step, unit="step", disable=not log.progress
+            total=steps,
+            initial=first_step,
+            unit="step",
+            disable=not log.progress,
+            # a file or a pipe gets a line now and then
+            mininterval=0.5 if sys.stderr.isatty() else 20,
         )
         self._board = None
         if log.tensorboard and paths.is_local(folder):

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import filelock
 import jax
-import numpy as np
 
 from dpo_jax import config, generate, initial, losses, paths, reference, sharding, train
 from dpo_jax.data import builtin, tokenizer
@@ -76,7 +75,7 @@ def prepare(experiment: config.Experiment) -> config.Experiment:
     else:
         source = experiment.model.source
         if source == SOURCE:
-            source = str(make_sft(task))
+            source = str(make_sft(task, experiment.log))
         rows = make_pairs(task, source) if experiment.data.source == SOURCE else corpus
     if experiment.data.source == SOURCE:
         words |= {
@@ -105,7 +104,7 @@ def make_corpus(task: config.Task) -> Path:
     return folder
 
 
-def make_sft(task: config.Task) -> Path:
+def make_sft(task: config.Task, log: config.Log) -> Path:
     """Run folder of the SFT model, trained now where it is not there yet."""
     folder = cached(
         "sft",
@@ -121,7 +120,8 @@ def make_sft(task: config.Task) -> Path:
     with filelock.FileLock(f"{folder}.lock"):
         if not (folder / train.DONE).exists():
             print(f"training the built-in task's SFT model, {task.sft_steps} steps, once: {folder}")
-            train.train(prepare(sft(task).replace(workdir=str(folder))), SFT_FILE)
+            run = sft(task).replace(workdir=str(folder), log=log)
+            train.train(prepare(run), SFT_FILE)
     return folder
 
 
@@ -181,7 +181,6 @@ def sample_pairs(
         batch_size=SAMPLED_TOGETHER,
         mesh=mesh,
     )
-    random = np.random.default_rng((task.seed, 2))
     rows = []
     for number, prefix in enumerate(prefixes):
         own = sampled[number * task.completions : (number + 1) * task.completions]
@@ -190,7 +189,7 @@ def sample_pairs(
             for tokens in own
             if tokens and tokens[-1] == words.eos_id
         ]
-        rows += builtin.rank_pairs(prefix, texts, task.pairs_per_prefix, random)
+        rows += builtin.rank_pairs(prefix, texts, task.pairs_per_prefix)
     return rows
 
 

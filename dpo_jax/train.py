@@ -57,8 +57,13 @@ def train(experiment: config.Experiment, experiment_file: str | Path) -> None:
     if not paths.exists(paths.join(folder, initial.MODEL)):
         run.tokenizer.save(paths.join(folder, initial.TOKENIZER))
         initial.write_shape(folder, run.model.config)
+    record = flags.to_json(experiment, experiment_file)
     with checkpoint.make_checkpointer(folder, experiment.checkpoint) as checkpointer:
-        loop(run, folder, resume(checkpointer, state), checkpointer)
+        state = resume(checkpointer, state)
+        first = int(state.step)
+        metrics.cut(folder, first)
+        with metrics.Writer(folder, experiment.log, experiment.steps, first, record) as writer:
+            loop(run, folder, state, checkpointer, writer)
     paths.write_text(paths.join(folder, DONE), "")
 
 
@@ -91,31 +96,34 @@ def resume(checkpointer, state: train_step.TrainState) -> train_step.TrainState:
     return train_step.TrainState(placed, restored["params"], restored["opt_state"])
 
 
-def loop(run: assemble.Run, folder: str, state: train_step.TrainState, checkpointer) -> None:
+def loop(
+    run: assemble.Run,
+    folder: str,
+    state: train_step.TrainState,
+    checkpointer,
+    writer: metrics.Writer,
+) -> None:
     """Runs the steps that are left, with evaluations, checkpoints and the profiler's window."""
     experiment, first = run.experiment, int(state.step)
-    metrics.cut(folder, first)
     stop = catch_sigterm()
-    record = flags.to_json(experiment)
-    with metrics.Writer(folder, experiment.log, experiment.steps, first, record) as writer:
-        if first == 0:
-            writer.write(0, evaluation(run, folder, state, 0))
-        pending, clock = None, time.perf_counter()
-        for step, batch, facts in batches(run, first):
-            trace(experiment.profile, folder, step, state)
-            state, values = run.step(state, run.reference, batch, run.numbers)
-            # the device works on this step while the numbers of the last are fetched and written
-            if pending is not None:
-                writer.write(*fetch(pending, clock))
-                clock = time.perf_counter()
-            pending, done = (step + 1, values, facts), step + 1
-            if step == 0:
-                check_identity(run, float(values["deviation"]))
-            if stop.is_set() or done == experiment.steps or due(experiment, done):
-                line = fetch(pending, clock)
-                pause(run, folder, state, line, writer, checkpointer, stop.is_set())
-                pending, clock = None, time.perf_counter()
-        trace(experiment.profile, folder, experiment.steps, state)
+    if first == 0:
+        writer.write(0, evaluation(run, folder, state, 0))
+    pending, clock = None, time.perf_counter()
+    for step, batch, facts in batches(run, first):
+        trace(experiment.profile, folder, step, state)
+        state, values = run.step(state, run.reference, batch, run.numbers)
+        # the device works on this step while the numbers of the last are fetched and written
+        if pending is not None:
+            writer.write(*fetch(pending, clock))
+            clock = time.perf_counter()
+        pending, done = (step + 1, values, facts), step + 1
+        if step == 0:
+            check_identity(run, float(values["deviation"]))
+        if stop.is_set() or done == experiment.steps or due(experiment, done):
+            line = fetch(pending, clock)
+            pause(run, folder, state, line, writer, checkpointer, stop.is_set())
+            pending, clock = None, time.perf_counter()
+    trace(experiment.profile, folder, experiment.steps, state)
 
 
 def due(experiment: config.Experiment, done: int) -> bool:

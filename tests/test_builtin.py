@@ -4,7 +4,6 @@ import collections
 import itertools
 import statistics
 
-import numpy as np
 import pytest
 import transformers
 
@@ -296,7 +295,7 @@ COMPLETIONS = [" was good .", " was bad .", " was superb .", " was fine .", " wa
 
 
 def test_all_pairs_of_distinct_completions_are_ranked_by_reward():
-    rows = builtin.rank_pairs("the plot", COMPLETIONS, None, np.random.default_rng(0))
+    rows = builtin.rank_pairs("the plot", COMPLETIONS, None)
     assert len(rows) == 6
     assert {(row["chosen"], row["rejected"]) for row in rows} == {
         (" was superb .", " was good ."),
@@ -314,19 +313,15 @@ def test_all_pairs_of_distinct_completions_are_ranked_by_reward():
 
 
 def test_chosen_number_of_pairs_is_drawn_by_the_generator():
-    everything = builtin.rank_pairs("the plot", COMPLETIONS, None, np.random.default_rng(0))
-    drawn = builtin.rank_pairs("the plot", COMPLETIONS, 2, np.random.default_rng(0))
-    assert len(drawn) == 2
-    assert drawn[0] != drawn[1]
-    assert all(row in everything for row in drawn)
-    assert drawn == builtin.rank_pairs("the plot", COMPLETIONS, 2, np.random.default_rng(0))
-    draws = [
-        builtin.rank_pairs("the plot", COMPLETIONS, 1, np.random.default_rng(seed))[0]["chosen"]
-        for seed in range(20)
+    everything = builtin.rank_pairs("the plot", COMPLETIONS, None)
+    widest = builtin.rank_pairs("the plot", COMPLETIONS, 2)
+    assert [(row["chosen"], row["rejected"]) for row in widest] == [
+        (" was superb .", " was bad ."),
+        (" was good .", " was bad ."),
     ]
-    assert len(set(draws)) > 1
+    assert all(row in everything for row in widest)
 
 
 def test_completions_of_equal_reward_make_no_pair():
     completions = [" was good .", " was solid .", " was pleasant ."]
-    assert builtin.rank_pairs("the plot", completions, None, np.random.default_rng(0)) == []
+    assert builtin.rank_pairs("the plot", completions, None) == []

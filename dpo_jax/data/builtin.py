@@ -20,7 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from dpo_jax.data import builtin_grammar as grammar
 
 # Part of content hashes: goes up with every change of the grammar, the reward or the tokenizer.
-VERSION = 2
+VERSION = 3
 # Fewest and most words and marks of a review, and of a prefix.
 REVIEW_WORDS = (8, 45)
 PREFIX_WORDS = (2, 8)
@@ -229,13 +229,12 @@ def rank_pairs(
     prompt: str,
     completions: Iterable[str],
     pairs_per_prefix: int | None,
-    rng: np.random.Generator,
 ) -> list[Pair]:
     """Preference rows of a prompt's completions.
 
     A pair is two completions of different reward, the better one chosen. Repeated completions count
-    once and empty ones not at all. `pairs_per_prefix` pairs are drawn; None, or more than there
-    are: all.
+    once and empty ones not at all. The `pairs_per_prefix` pairs of the widest gap between the two
+    rewards are taken; None, or more than there are: all.
     """
     rewards = {
         completion: reward(prompt, completion) for completion in completions if completion.strip()
@@ -243,10 +242,9 @@ def rank_pairs(
     pairs = [
         pair for pair in itertools.combinations(rewards, 2) if rewards[pair[0]] != rewards[pair[1]]
     ]
-    if pairs_per_prefix is not None and pairs_per_prefix < len(pairs):
-        pairs = [pairs[i] for i in rng.permutation(len(pairs))[:pairs_per_prefix]]
+    pairs.sort(key=lambda pair: -abs(rewards[pair[0]] - rewards[pair[1]]))
     rows = []
-    for pair in pairs:
+    for pair in pairs[:pairs_per_prefix]:
         rejected, chosen = sorted(pair, key=rewards.__getitem__)
         rows.append(
             {
