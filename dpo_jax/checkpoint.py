@@ -11,6 +11,9 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 from dpo_jax import config, paths
 
+# arrays that an error names
+LISTED = 5
+
 
 def make_checkpointer(folder: str, settings: config.Checkpoint) -> ocp.training.Checkpointer:
     """Saves to and restores from folder/checkpoints; half-written checkpoints are never seen."""
@@ -58,15 +61,31 @@ def latest_step(checkpointer: ocp.training.Checkpointer) -> int | None:
 
 def restore(checkpointer: ocp.training.Checkpointer, step: int, abstract: dict) -> dict:
     """The trees of a step, in the shapes, types and shardings of `abstract` (ShapeDtypeStruct
-    leaves).
+    leaves). ValueError names the arrays of other shapes, before anything is read.
     """
-    try:
-        return checkpointer.load_checkpointables(step, abstract)
-    except Exception as error:
+    metadata = checkpointer.checkpointables_metadata(step).metadata
+    saved = shapes({name: tree for name, tree in metadata.items() if name in abstract})
+    wanted = shapes(abstract)
+    differing = [
+        f"{path} is {saved.get(path, 'not in it')}, and the run has {wanted.get(path, 'none')}"
+        for path in sorted(saved.keys() | wanted.keys())
+        if saved.get(path) != wanted.get(path)
+    ]
+    if differing:
+        listed = "\n  ".join(differing[:LISTED])
         raise ValueError(
-            f"checkpoint {step} of {checkpointer.directory} does not fit this run: "
-            f"{error.__cause__ or error}"
-        ) from error
+            f"checkpoint {step} of {checkpointer.directory} does not fit this run, in "
+            f"{len(differing)} arrays:\n  {listed}"
+        )
+    return checkpointer.load_checkpointables(step, abstract)
+
+
+def shapes(tree) -> dict[str, tuple[int, ...]]:
+    """The shape of each array of a tree by its path."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def load_params(folder: str, abstract) -> tuple[int, dict]:

@@ -87,7 +87,7 @@ def draw_params() -> Callable[..., dict]:
 
         def one(path, leaf) -> np.ndarray:
             drawn = generator.normal(size=leaf.shape, scale=0.1)
-            return np.float32(drawn + ("scale" in jax.tree_util.keystr(path)))
+            return np.asarray(drawn + ("scale" in jax.tree_util.keystr(path)), np.float32)
 
         return jax.tree_util.tree_map_with_path(one, shapes)
 

@@ -82,7 +82,7 @@ def compute(draw_examples, draw_params) -> Callable[[Way], dict[str, Result]]:
             batch = reference.with_table(batch, load_table())
         live = functools.partial(reference.live, score)
         scoring = train_step.Scoring(score, reference.cached if way.cached else live, all_losses)
-        run = jax.jit(functools.partial(way.accumulate, scoring))
+        run: Any = jax.jit(functools.partial(way.accumulate, scoring))
         where, placed = sharding.put_batch(batch, mesh), sharding.place(policy, mesh)
         other = None if way.cached else sharding.place(anchor, mesh)
         found = {name: as_result(*run(placed, other, where, only(name))) for name in LOSSES}
@@ -140,13 +140,14 @@ def of_each_microbatch(way: Way) -> bool:
     return way.microbatches > 1 and "microbatched" in way.accumulate.__qualname__
 
 
-# the first two are in test_train_step with a smaller model
-SLOW = ("4 microbatches", "2 microbatches in two passes", "all at once")
+# one mesh with all axes, and one way of each other kind, run every time
+FAST = ("data 2, fsdp 2, tensor 2", "2 microbatches", "4 microbatches in two passes")
+FAST += ("one example a row", "cached reference")
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in WAYS],
+    [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in WAYS],
 )
 def test_loss_and_gradient_are_those_of_the_plainest_way(name, compute):
     expected, found = compute(Way()), compute(WAYS[name])

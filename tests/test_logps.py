@@ -45,7 +45,7 @@ def score_alone(params: dict, prompt: np.ndarray, completion: np.ndarray) -> flo
     example = (np.arange(32) < length).astype(np.int32)[None]
     ids = Ids(example, np.zeros_like(row), np.arange(32, dtype=np.int32)[None])
     hidden: Any = jitted_hidden()(params, row, ids)
-    logits = np.float64(hidden[0]) @ np.float64(params["embedding"]).T
+    logits = np.asarray(hidden[0], np.float64) @ np.asarray(params["embedding"], np.float64).T
     predicted = log_softmax(logits)[len(prompt) - 1 : length - 1]
     return float(predicted[np.arange(len(completion)), completion].sum())
 
@@ -61,7 +61,7 @@ def random_scored(rows=2, scored=12, vocabulary=20, width=6):
 
 def oracle(hidden, head, target, cotangent):
     """log p(target) and the gradients of its sum with the cotangent, in float64."""
-    hidden, head = np.float64(hidden), np.float64(head)
+    hidden, head = np.asarray(hidden, np.float64), np.asarray(head, np.float64)
     table = log_softmax(hidden @ head)
     picked = np.take_along_axis(table, target[..., None], -1)[..., 0]
     slope = (np.eye(head.shape[1])[target] - np.exp(table)) * cotangent[..., None]
@@ -76,7 +76,7 @@ def test_chunked_log_probabilities_equal_those_of_the_full_logits(monkeypatch, c
     cotangent = np.random.default_rng(1).normal(size=target.shape).astype(np.float32)
 
     def total(hidden, head):
-        found = logps.token_logps(hidden, head, target)
+        found = logps.token_logps(hidden, head, jnp.asarray(target))
         return (found * cotangent).sum(), found
 
     gradient = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
@@ -136,7 +136,7 @@ def test_neither_pass_holds_the_logits_of_all_scored_tokens(monkeypatch):
     monkeypatch.setattr(logps, "CHUNK_ELEMENTS", chunk)
 
     def total(hidden, head):
-        return logps.token_logps(hidden, head, target).sum()
+        return logps.token_logps(hidden, head, jnp.asarray(target)).sum()
 
     program = jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(hidden, head)
     assert max(sizes_of(program.jaxpr, vocabulary)) == chunk

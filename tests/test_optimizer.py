@@ -54,11 +54,11 @@ def adamw(b1=0.9, b2=0.999, eps=1e-8, decay=0.0) -> list:
 
     def leaf(values, gradients, decay):
         first = second = np.zeros_like(gradients[0], float)
-        for step, gradient in enumerate(np.float64(gradients), 1):
+        for step, gradient in enumerate(np.asarray(gradients, np.float64), 1):
             first = b1 * first + (1 - b1) * gradient
             second = b2 * second + (1 - b2) * gradient**2
             root = np.sqrt(second / (1 - b2**step)) + eps
-            yield -(first / (1 - b1**step) / root + decay * np.float64(values))
+            yield -(first / (1 - b1**step) / root + decay * np.asarray(values, np.float64))
 
     return by_leaf(leaf, decay)
 
@@ -68,7 +68,7 @@ def rmsprop(b2=0.99, eps=1e-8) -> list:
 
     def leaf(values, gradients, decay):
         second = np.zeros_like(gradients[0], float)
-        for gradient in np.float64(gradients):
+        for gradient in np.asarray(gradients, np.float64):
             second = b2 * second + (1 - b2) * gradient**2
             yield -gradient / (np.sqrt(second) + eps)
 
@@ -80,12 +80,12 @@ def adafactor(decay=0.0) -> list:
 
     def leaf(values, gradients, decay):
         second = np.zeros_like(gradients[0], float)
-        for step, gradient in enumerate(np.float64(gradients), 1):
+        for step, gradient in enumerate(np.asarray(gradients, np.float64), 1):
             rate = 1 - step**-0.8
             second = rate * second + (1 - rate) * (gradient**2 + 1e-30)
             update = gradient / np.sqrt(second)
             update /= max(1.0, np.sqrt((update**2).mean()))
-            yield -(update + decay * np.float64(values))
+            yield -(update + decay * np.asarray(values, np.float64))
 
     return by_leaf(leaf, decay)
 
@@ -134,7 +134,7 @@ def test_adafactor_takes_the_papers_first_two_steps(decay):
 def test_adafactor_factors_the_second_moment_of_a_large_matrix():
     gradient = np.random.default_rng(0).normal(size=(128, 130)).astype(np.float32)
     params = {"kernel": np.zeros_like(gradient)}
-    square = np.float64(gradient) ** 2 + 1e-30
+    square = np.asarray(gradient, np.float64) ** 2 + 1e-30
     rows, columns = square.mean(1, keepdims=True), square.mean(0, keepdims=True)
     update = gradient / np.sqrt(rows * columns / rows.mean())
     update /= max(1.0, np.sqrt((update**2).mean()))
@@ -162,7 +162,7 @@ def test_clipping_is_by_the_global_norm_and_leaves_a_small_gradient_alone():
 def test_clipping_comes_before_the_moments():
     norm = math.sqrt(0.09 + 0.01 + 4 + 1 + 0.04)
     found = directions(make("rmsprop", clip=1.0, eps=1.0), GRADIENTS[:1])
-    gradient = np.float64(GRADIENTS[0]["norm"]["scale"]) / norm
+    gradient = np.asarray(GRADIENTS[0]["norm"]["scale"], np.float64) / norm
     expected = -gradient / (0.1 * np.abs(gradient) + 1.0)
     np.testing.assert_allclose(found[0]["norm"]["scale"], expected, rtol=2e-6)
 

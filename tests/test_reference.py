@@ -124,7 +124,7 @@ def test_the_fingerprint_goes_by_names_shapes_types_and_numbers():
         {"b": base["a"]},
         {"a": base["a"].reshape(2, 3)},
         {"a": base["a"].astype(np.float16)},
-        {"a": base["a"] + np.float32([0, 0, 0, 0, 0, 1e-6])},
+        {"a": base["a"] + np.array([0, 0, 0, 0, 0, 1e-6], np.float32)},
     ]
     found = [reference.fingerprint(params) for params in [base, *others]]
     assert len(set(found)) == 5
@@ -138,8 +138,8 @@ def test_the_fingerprint_does_not_depend_on_the_mesh(params):
 
 
 def test_a_batch_gets_the_totals_of_its_examples_and_zeros_in_empty_slots():
-    batch = {"index": np.array([2, 0, 0]), "weight": np.float32([1, 1, 0])}
-    table = {"chosen": np.float32([-1, -2, -3])}
+    batch = {"index": np.array([2, 0, 0]), "weight": np.array([1, 1, 0], np.float32)}
+    table = {"chosen": np.array([-1, -2, -3], np.float32)}
     found = reference.with_table(batch, table)
     assert found["reference"]["chosen"].tolist() == [-3, -1, 0]
     assert found["index"] is batch["index"]

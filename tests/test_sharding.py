@@ -168,6 +168,7 @@ def test_a_batch_lies_by_rows_and_its_index_stays_on_the_host(mesh):
     assert {shard.data.shape for shard in placed["length"]["chosen"].addressable_shards} == {(4,)}
 
 
+@pytest.mark.slow
 def test_a_decoder_made_on_a_mesh_equals_the_one_made_on_one_device(mesh):
     settings = config.Model(source="tiny")
     found = initial.load("tiny", settings, 3, mesh)

@@ -82,7 +82,7 @@ def gradient_of(accumulation: str, loss, batch) -> tuple[np.ndarray, train_step.
 def dpo_by_numpy(batch: dict, beta: float) -> tuple[float, np.ndarray, float]:
     """Mean DPO loss, its gradient in the table, and the largest log-ratio per token, in float64."""
     batch = jax.tree.map(np.asarray, batch)
-    tables = [np.float64(params["table"]) for params in (POLICY, ANCHOR)]
+    tables = [np.asarray(params["table"], np.float64) for params in (POLICY, ANCHOR)]
     policy, anchor = (t - np.log(np.exp(t).sum(-1, keepdims=True)) for t in tables)
     per_row = len(batch["weight"]) // len(batch["tokens"])
     loss, slope, deviation = 0.0, np.zeros_like(policy), 0.0
@@ -210,7 +210,9 @@ def test_a_step_moves_the_parameters_by_rate_times_schedule_times_gradient(pairs
     loss, slope, deviation = dpo_by_numpy(pairs, 0.3)
     moved, metrics = step(state, ANCHOR, pairs, numbers(0.3, 0.2))
     assert int(moved.step) == 1
-    difference = np.float64(moved.params["table"]) - np.float64(POLICY["table"])
+    difference = np.asarray(moved.params["table"], np.float64) - np.asarray(
+        POLICY["table"], np.float64
+    )
     # a parameter near 1 is rounded to 6e-8
     np.testing.assert_allclose(difference, -0.2 * 0.5 * slope, atol=3e-7)
     assert metrics["learning_rate"] == pytest.approx(0.1)
