@@ -236,11 +236,11 @@ class Task:
     # reviews of the corpus
     reviews: Count = 40_000
     # SFT steps
-    sft_steps: Count = 1_500
+    sft_steps: Count = 400
     # examples an SFT step
     sft_batch_size: Count = 64
     # peak learning rate of SFT
-    sft_learning_rate: Positive = 1e-3
+    sft_learning_rate: Positive = 2e-3
     # prefixes from which preference pairs are made
     prefixes: Count = 5_000
     # prefixes kept apart for evaluation

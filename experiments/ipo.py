@@ -10,11 +10,11 @@ from experiments import dpo
 
 def experiment() -> config.Experiment:
     """The run."""
-    return dpo.experiment().replace(loss=config.Loss(losses.ipo, beta=0.1))
+    return dpo.experiment().replace(loss=config.Loss(losses.ipo, beta=1.0))
 
 
 def sweep() -> list[dict]:
     """The paper's tau, learning rate and seed."""
     return config.grid(
-        {"loss.beta": [0.1, 0.5, 1.0], "optimizer.learning_rate": [3e-5, 1e-4], "seed": [0, 1, 2]}
+        {"loss.beta": [0.3, 1.0, 3.0], "optimizer.learning_rate": [2e-4, 5e-4], "seed": [0, 1, 2]}
     )

@@ -17,4 +17,4 @@ def experiment() -> config.Experiment:
 
 def sweep() -> list[dict]:
     """Learning rate and seed."""
-    return config.grid({"optimizer.learning_rate": [3e-4, 1e-3, 3e-3], "seed": [0, 1, 2]})
+    return config.grid({"optimizer.learning_rate": [1e-3, 2e-3, 4e-3], "seed": [0, 1, 2]})
