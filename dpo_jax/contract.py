@@ -137,19 +137,28 @@ def _examples(
 def _examples_meet(
     loss_of: Callable, names: Sequence[str], columns: Sequence[str], title: str
 ) -> bool:
-    """Whether moving the last example's log-probabilities changes the loss of another."""
+    """Whether changing all that is known of the last example changes the loss of another."""
     for seed in range(8):
         policy, reference, batch = _examples(names, columns, title, 5.0, seed)
         before, _ = loss_of(policy, reference, batch)
+        # up and down, since a statistic may be held on one side
         shift = 10.0 * (-1) ** seed
-        moved = {
-            name: scored._replace(total=scored.total.at[3].add(shift))
-            for name, scored in policy.items()
-        }
-        after, _ = loss_of(_Completions(moved, title), reference, batch)
+        columns_moved = {n: batch[n].at[3].set(1.0 - batch[n][3]) for n in columns}
+        after, _ = loss_of(
+            _Completions(_move_last(policy, shift), title),
+            _Completions(_move_last(reference, -shift), title),
+            _Batch({**batch, **columns_moved}, title),
+        )
         if not np.array_equal(np.asarray(before)[:3], np.asarray(after)[:3]):
             return True
     return False
+
+
+def _move_last(completions: Mapping[str, logps.Logps], shift: float) -> dict[str, logps.Logps]:
+    return {
+        name: logps.Logps(scored.total.at[3].add(shift), scored.length.at[3].add(7))
+        for name, scored in completions.items()
+    }
 
 
 def weighted_sums(

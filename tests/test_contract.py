@@ -142,6 +142,17 @@ def ranked(policy, reference, batch):
     return jnp.sort(margin(policy, reference)), {}
 
 
+def token_mean_over_the_batch(policy, reference, batch):
+    lengths = policy["chosen"].length
+    chosen = policy["chosen"].total * 4 / jnp.sum(lengths)
+    return chosen - reference["chosen"].total, {}
+
+
+def mean_of_the_reference(policy, reference, batch):
+    mean = losses.batch_mean(reference["chosen"].total, batch)
+    return margin(policy, reference) - mean, {}
+
+
 MEETING = [
     centred,
     centred_without_gradient,
@@ -149,6 +160,8 @@ MEETING = [
     clamped_from_above,
     mean_of_the_rejected,
     ranked,
+    token_mean_over_the_batch,
+    mean_of_the_reference,
 ]
 
 
@@ -164,6 +177,15 @@ def test_declared_batch_statistics_pass(loss):
         return loss(policy, reference, batch)
 
     check(contract.declare(batch_statistics=True)(declared))
+
+
+def test_a_weight_that_counts_the_labels_of_the_batch_is_found():
+    def balanced(policy, reference, batch):
+        share = losses.batch_mean(batch["desirable"], batch)
+        return margin(policy, reference) / share, {}
+
+    with pytest.raises(ValueError, match="in loss balanced"):
+        check(balanced, columns=("desirable",))
 
 
 def test_kto_without_its_declaration_would_be_found():
