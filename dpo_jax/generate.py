@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpo_jax import sharding
-from dpo_jax.model import decoder as model
+from dpo_jax.model import decoder as model_decoder
 from dpo_jax.model.attention import Ids
 
 # logits float32 [B, V], keys [B], temperature -> token ids int32 [B]
@@ -64,11 +64,11 @@ class State(NamedTuple):
     tokens: jax.Array  # int32 [B, max_tokens]
     lengths: jax.Array  # int32 [B]: sampled tokens of each row
     ended: jax.Array  # bool [B]
-    cache: model.Cache
+    cache: model_decoder.Cache
 
 
 def generate(
-    decoder: model.Decoder,
+    decoder: model_decoder.Decoder,
     params: dict,
     prompts: jax.Array,
     lengths: jax.Array,
@@ -88,7 +88,7 @@ def generate(
     batch, width = prompts.shape
     row_ids = (lengths > 0).astype(jnp.int32)[:, None]
     branch = jnp.zeros((batch, 1), jnp.int32)
-    output_matrix = model.head(params, decoder.config).astype(decoder.dtype)
+    output_matrix = model_decoder.head(params, decoder.config).astype(decoder.dtype)
 
     def sample(state: State, hidden: jax.Array) -> State:
         """The state after one more token, drawn from what follows hidden [B, D]."""
@@ -120,7 +120,7 @@ def generate(
     index = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None, :], prompts.shape)
     ids = Ids((index < lengths[:, None]).astype(jnp.int32), jnp.zeros_like(index), index)
     # The last token is sampled and never read again.
-    cache = model.init_cache(decoder.config, batch, width + max_tokens - 1, decoder.dtype)
+    cache = model_decoder.init_cache(decoder.config, batch, width + max_tokens - 1, decoder.dtype)
     prefilled: Any = decoder.apply({"params": params}, prompts, ids, cache=cache, at=0)
     hidden, cache = prefilled
     end = jnp.maximum(lengths - 1, 0)[:, None, None]
@@ -137,7 +137,7 @@ def generate(
 
 
 def complete(
-    decoder: model.Decoder,
+    decoder: model_decoder.Decoder,
     params: dict,
     prompts: Sequence[Sequence[int]],
     key: jax.Array,
@@ -202,7 +202,10 @@ def pad(
 
 
 def check_prompts(
-    decoder: model.Decoder, prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float
+    decoder: model_decoder.Decoder,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    temperature: float,
 ) -> None:
     """Raises ValueError for a prompt that cannot be continued, or numbers out of range."""
     if max_tokens < 1:

@@ -7,8 +7,7 @@ import statistics
 import pytest
 import transformers
 
-from dpo_jax.data import builtin
-from dpo_jax.data import builtin_grammar as grammar
+from dpo_jax.data import builtin, builtin_grammar
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +157,7 @@ def test_every_clause_of_the_corpus_parses_and_comes_once(reviews):
         first = 1 if review.startswith("although") else 0
         assert len(set(clauses[first:-1])) == len(clauses[first:-1]), review
         for clause in clauses[first:-1]:
-            assert grammar.parses(clause), clause
+            assert builtin_grammar.parses(clause), clause
 
 
 def test_corpus_is_a_function_of_its_seed(reviews):
@@ -216,7 +215,7 @@ def test_more_prefixes_than_the_grammar_has_are_refused(monkeypatch):
 
 def test_prefixes_hold_no_polar_word():
     words = {word for prefix in builtin.prefixes(1_000, 3) for word in prefix.split()}
-    assert not words & set(grammar.STRENGTHS)
+    assert not words & set(builtin_grammar.STRENGTHS)
 
 
 def test_both_sentiments_follow_a_prefix():

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax.model import config as model_config
 from dpo_jax.model import decoder
 from dpo_jax.model.attention import Ids
-from dpo_jax.model.config import PRESETS, DecoderConfig, RopeScaling, parameter_count
+from dpo_jax.model.config import PRESETS, DecoderConfig, RopeScaling
 
 SMALL = DecoderConfig(
     vocabulary_size=40,
@@ -268,14 +269,16 @@ def test_published_models_have_their_published_parameter_counts():
     for name, count in published.items():
         shapes = jax.eval_shape(functools.partial(decoder.init, PRESETS[name]), jax.random.key(0))
         assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count, name
-        assert parameter_count(PRESETS[name]) == count, name
+        assert model_config.parameter_count(PRESETS[name]) == count, name
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_count_their_parameters_and_every_one_has_logical_axes(name):
     config = PRESETS[name]
     params = jax.eval_shape(functools.partial(decoder.init, config), jax.random.key(0))
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameter_count(config)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == model_config.parameter_count(
+        config
+    )
     sizes = {
         "layers": config.layers,
         "width": config.width,

@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from dpo_jax.data import builtin_grammar as grammar
+from dpo_jax.data import builtin_grammar
 
 # Part of content hashes: goes up with every change of the grammar, the reward or the tokenizer.
 VERSION = 3
@@ -61,8 +61,8 @@ def reward(prompt: str, completion: str) -> float:
         clauses = clauses[1:]
     scores, said = [], set()
     for clause in clauses:
-        polarities = grammar.polarities(clause.split())
-        if clause in said or not grammar.parses(clause):
+        polarities = builtin_grammar.polarities(clause.split())
+        if clause in said or not builtin_grammar.parses(clause):
             scores.append(0.0)
         elif polarities:
             scores.append(min(1.0, max(-1.0, sum(polarities))))
@@ -76,10 +76,10 @@ def reward(prompt: str, completion: str) -> float:
 def write_judged(slot: str, topic: str, sign: int, rng: np.random.Generator) -> str:
     """A random clause whose polar words all say the sign, none of them twice."""
     while True:
-        words = grammar.write(slot, topic, rng)
-        polar = [word for word in words if word in grammar.STRENGTHS]
+        words = builtin_grammar.write(slot, topic, rng)
+        polar = [word for word in words if word in builtin_grammar.STRENGTHS]
         if len(set(polar)) == len(polar) and all(
-            value * sign > 0 for value in grammar.polarities(words)
+            value * sign > 0 for value in builtin_grammar.polarities(words)
         ):
             return " ".join(words)
 
@@ -87,7 +87,7 @@ def write_judged(slot: str, topic: str, sign: int, rng: np.random.Generator) -> 
 def write_neutral(slot: str, rng: np.random.Generator) -> str:
     """A sentence without sentiment, in which nobody comes twice."""
     while True:
-        text = " ".join(grammar.write(slot, "story", rng))
+        text = " ".join(builtin_grammar.write(slot, "story", rng))
         if not SAME_TWICE.search(text):
             return f"{text} ."
 
@@ -116,7 +116,7 @@ def write_sentence(
     else:
         text = clause(1 if rng.random() < leaning else -1, last=last)
         if draw > 0.88:
-            text = f"{' '.join(grammar.write('remark', 'story', rng))} , {text}"
+            text = f"{' '.join(builtin_grammar.write('remark', 'story', rng))} , {text}"
     return f"{text} {'!' if 'what a' in text else '.'}"
 
 
@@ -125,7 +125,7 @@ def write_review(rng: np.random.Generator) -> str:
 
     Its clauses follow the review's leaning by chance.
     """
-    names = list(grammar.TOPICS)
+    names = list(builtin_grammar.TOPICS)
     while True:
         leaning = rng.beta(0.5, 0.5)
         count = 1 + int(np.searchsorted([0.1, 0.4, 0.75], rng.random()))
@@ -169,7 +169,7 @@ def prefixes(count: int, seed: int, *, exclude: Collection[str] = ()) -> list[st
             return list(found)
         words = write_review(rng).split()
         words = words[: int(rng.integers(shortest, longest + 1))]
-        polar = (number for number, word in enumerate(words) if word in grammar.STRENGTHS)
+        polar = (number for number, word in enumerate(words) if word in builtin_grammar.STRENGTHS)
         words = words[: next(polar, longest)]
         prefix = " ".join(words)
         if len(words) >= shortest and prefix not in excluded:
