@@ -41,7 +41,7 @@ def preferences(
         sums = jax.device_get(evaluate(params, anchor, batch, numbers).metrics)
         for name, value in sums.items():
             total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)
-    return {name: float(value[0] / max(value[1], 1e-9)) for name, value in total.items()}
+    return {name: float(value[0] / value[1]) for name, value in total.items() if value[1]}
 
 
 def prompts(data: tokenise.Tokenised, count: int) -> list[list[int]]:

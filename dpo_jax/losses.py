@@ -76,6 +76,9 @@ def dpo(
     Token sum; no batch statistics; gradient through the policy only. e > 0 is conservative DPO
     (cDPO). Defaults are the paper's. Agrees with the original code, TRL (sigmoid) and HALOs. ln 2
     where policy equals reference.
+
+    beta: how strongly the policy is tied to the reference, in 1 / nats
+    label_smoothing: e, the share of the labels that is taken to be flipped
     """
     chosen = log_ratio(policy, reference, "chosen")
     rejected = log_ratio(policy, reference, "rejected")
@@ -100,6 +103,8 @@ def ipo(
     Token MEAN of each completion, as its authors confirmed to TRL; agrees with TRL and HALOs.
     `ipo_sum` is the other reading. No batch statistics; gradient through the policy only. Rewards
     are b times the mean log-ratio.
+
+    beta: the paper's tau; the margin is drawn to 1 / (2 beta) nats a token
     """
     chosen = mean_logp(policy, "chosen") - mean_logp(reference, "chosen")
     rejected = mean_logp(policy, "rejected") - mean_logp(reference, "rejected")
@@ -119,6 +124,8 @@ def ipo_sum(
 
     Token SUM; agrees with the original DPO repository, EasyLM and OpenRLHF. No batch statistics;
     gradient through the policy only.
+
+    beta: the paper's tau; the margin is drawn to 1 / (2 beta) nats
     """
     chosen = log_ratio(policy, reference, "chosen")
     rejected = log_ratio(policy, reference, "rejected")
@@ -142,7 +149,12 @@ def kto(
     r is the completion's summed log-ratio. z = max(0, mean of the mismatched completions'
     log-ratios) estimates KL(policy, reference); it has no gradient. Its mean is over what
     `Experiment.statistics` says: the global batch (the default) or each microbatch, as TRL does.
-    w_D n_D / (w_U n_U) should lie in [1, 4/3]. Agrees with TRL and HALOs.
+    Held out, it is over each batch of the evaluation. w_D n_D / (w_U n_U) should lie in [1, 4/3].
+    Agrees with TRL and HALOs.
+
+    beta: how strongly the policy is tied to the reference, in 1 / nats
+    lambda_desirable: w_D, weight of the desirable examples
+    lambda_undesirable: w_U, weight of the undesirable examples
     """
     ratio = log_ratio(policy, reference, "completion")
     z = jax.lax.stop_gradient(
@@ -172,6 +184,8 @@ def orpo(
     alone, as LLaMA-Factory has it (the authors, TRL and tunix take prompt and completion), a mean
     over tokens and then over examples. No batch statistics. Default lambda is the paper's. Rewards
     are lambda m.
+
+    lam: weight of the odds ratio beside the NLL
     """
     chosen, rejected = mean_logp(policy, "chosen"), mean_logp(policy, "rejected")
     log_odds_ratio = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))

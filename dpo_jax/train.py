@@ -137,18 +137,19 @@ def divides(every: int | None, done: int) -> bool:
 
 
 def fetch(pending: tuple, clock: float) -> tuple[int, dict[str, float]]:
-    """A step's number and its metrics as floats, with the time since `clock`."""
+    """A step's number and its metrics as floats, with the time since `clock`.
+
+    A metric that applied to no example of the step is left out.
+    """
     step, values, facts = pending
-    floats = {
-        name: float(value) for name, value in jax.device_get(values).items() if name != "deviation"
+    floats = {name: float(value) for name, value in jax.device_get(values).items()}
+    del floats["deviation"]
+    shown = {
+        name: value for name, value in floats.items() if name == "loss" or not math.isnan(value)
     }
     seconds = time.perf_counter() - clock
     timed = {"time/step": seconds, "time/tokens_per_second": facts["tokens"] / seconds}
-    return step, {
-        **floats,
-        **{name: value for name, value in facts.items() if name != "tokens"},
-        **timed,
-    }
+    return step, {**shown, **{name: facts[name] for name in facts if name != "tokens"}, **timed}
 
 
 def pause(

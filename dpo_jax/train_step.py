@@ -65,9 +65,7 @@ def make_train_step(
         params = optax.apply_updates(
             state.params, jax.tree.map(lambda update: rate * update, updates)
         )
-        metrics = {
-            name: value[0] / jnp.maximum(value[1], 1e-9) for name, value in sums.metrics.items()
-        }
+        metrics = {name: value[0] / value[1] for name, value in sums.metrics.items()}
         metrics |= {
             "grad_norm": optax.tree.norm(gradient),
             "learning_rate": rate,

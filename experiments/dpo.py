@@ -12,12 +12,12 @@ def experiment() -> config.Experiment:
     """The run."""
     return config.Experiment(
         loss=config.Loss(losses.dpo, beta=0.1),
-        steps=120,
+        steps=100,
         batch_size=64,
-        evaluate_every=40,
+        evaluate_every=50,
         data=config.Data(max_length=128),
         reference=config.Reference(cached=True),
-        optimizer=config.Optimizer(learning_rate=5e-4, schedule="linear", warmup_steps=12),
+        optimizer=config.Optimizer(learning_rate=5e-4, schedule="linear", warmup_steps=10),
         samples=config.Samples(count=256, max_tokens=80, reward=builtin.reward),
     )
 

@@ -18,6 +18,9 @@ from tokenizers import processors
 from dpo_jax import config, paths
 from dpo_jax.data import hub
 
+# transformers says at import that PyTorch is missing, which nothing here needs
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
