@@ -89,8 +89,7 @@ def sample(
         mesh=sampler.mesh,
     )
     data = as_examples(sampler.prompts, completions)
-    plan = pack.plan(data, sampler.batch_size, sharding.batch_shards(sampler.mesh), seed=0)
-    ratio = totals(sampler, params, data, plan) - totals(sampler, anchor_params, data, plan)
+    ratio = totals(sampler, params, data) - totals(sampler, anchor_params, data)
     rows = [
         describe(sampler, prompt, completion, float(log_ratio))
         for prompt, completion, log_ratio in zip(sampler.prompts, completions, ratio, strict=True)
@@ -135,8 +134,12 @@ def as_examples(prompts: list[list[int]], completions: list[list[int]]) -> token
     return tokenise.Tokenised(("completion",), tokens, spans[:, 0], spans[:, 1:], {}, "", {})
 
 
-def totals(sampler: Sampler, params, data: tokenise.Tokenised, plan: pack.Plan) -> np.ndarray:
+def totals(sampler: Sampler, params, data: tokenise.Tokenised) -> np.ndarray:
     """log p(completion | prompt) of each example in nats: float64 [N]."""
+    # from bounds and not from what was sampled, so that every evaluation has the same shapes
+    longest = max(map(len, sampler.prompts)) + sampler.settings.max_tokens
+    shards = sharding.batch_shards(sampler.mesh)
+    plan = pack.plan_within(longest, sampler.settings.max_tokens, sampler.batch_size, shards)
     found = np.zeros(len(data.prompts))
     for batch in pack.evaluation_batches(data, plan):
         filled, index = batch["weight"] > 0, batch["index"]

@@ -1,5 +1,6 @@
 """What every test shares: CPU devices, strict numerics, its own cache, real data."""
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax.data import tokenise
+from dpo_jax.data import builtin, tokenise
 from dpo_jax.model import decoder
 from dpo_jax.model.config import DecoderConfig
 
@@ -92,3 +93,18 @@ def draw_params() -> Callable[..., dict]:
         return jax.tree_util.tree_map_with_path(one, shapes)
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 60 pairs in train.jsonl and held_out.jsonl, and a tokenizer of 400 tokens."""
+    folder = tmp_path_factory.mktemp("data")
+    reviews = builtin.corpus(120, 0)
+    builtin.write_tokenizer(folder / "tokenizer", reviews, 400)
+    rows = []
+    for chosen, rejected in zip(reviews[::2], reviews[1::2], strict=True):
+        prompt = " ".join(chosen.split()[:3])
+        rows.append({"prompt": prompt, "chosen": chosen[len(prompt) :], "rejected": " " + rejected})
+    for name, part in {"train": rows[:50], "held_out": rows[50:]}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return folder

@@ -13,52 +13,7 @@ import pytest
 
 from dpo_jax import checkpoint, config, flags, initial, losses, metrics, sharding, train
 from dpo_jax.data import builtin
-
-ROOT = Path(__file__).resolve().parents[1]
-FILE = ROOT / "experiments" / "dpo.py"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with rows of pairs, held-out ones, and a tokenizer of fewer than 512 tokens."""
-    folder = tmp_path_factory.mktemp("data")
-    reviews = builtin.corpus(120, 0)
-    builtin.write_tokenizer(folder / "tokenizer", reviews, 400)
-    rows = []
-    for chosen, rejected in zip(reviews[::2], reviews[1::2], strict=True):
-        prompt = " ".join(chosen.split()[:3])
-        rows.append({"prompt": prompt, "chosen": chosen[len(prompt) :], "rejected": " " + rejected})
-    write(folder / "train.jsonl", rows[:50])
-    write(folder / "held_out.jsonl", rows[50:])
-    return folder
-
-
-def write(file: Path, rows: list) -> None:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def experiment(folder: Path, workdir: Path, **changes) -> config.Experiment:
-    base = config.Experiment(
-        loss=config.Loss(losses.dpo, beta=0.1),
-        steps=6,
-        batch_size=8,
-        workdir=str(workdir),
-        checkpoint_every=2,
-        evaluate_every=3,
-        model=config.Model(source="tiny"),
-        data=config.Data(
-            source=str(folder / "train.jsonl"),
-            evaluation_source=str(folder / "held_out.jsonl"),
-            tokenizer=str(folder / "tokenizer"),
-            max_length=128,
-        ),
-        optimizer=config.Optimizer(learning_rate=1e-3),
-        # all devices on one axis, and no other
-        mesh=config.Mesh(fsdp=8),
-        log=config.Log(progress=False, tensorboard=False),
-    )
-    loss = changes.pop("loss", base.loss)
-    return config.override(base.replace(loss=loss), changes)
+from tests import tiny
 
 
 def lines(workdir: Path) -> list[dict]:
@@ -73,8 +28,8 @@ def params_of(workdir: Path) -> dict:
 
 
 def test_a_run_leaves_its_config_metrics_checkpoint_and_done(folder: Path, tmp_path: Path):
-    run = experiment(folder, tmp_path / "run")
-    train.train(run, FILE)
+    run = tiny.experiment(folder, tmp_path / "run")
+    train.train(run, tiny.FILE)
     assert flags.load_run(str(tmp_path / "run")) == run
     found = lines(tmp_path / "run")
     assert [line["step"] for line in found] == [0, 1, 2, 3, 4, 5, 6]
@@ -86,19 +41,21 @@ def test_a_run_leaves_its_config_metrics_checkpoint_and_done(folder: Path, tmp_p
 
 
 def test_a_finished_run_is_left_alone(folder: Path, tmp_path: Path, capsys):
-    run = experiment(folder, tmp_path / "run", steps=1, evaluate_every=None)
-    train.train(run, FILE)
+    run = tiny.experiment(folder, tmp_path / "run", steps=1, evaluate_every=None)
+    train.train(run, tiny.FILE)
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    train.train(run, FILE)
+    train.train(run, tiny.FILE)
     assert "is done" in capsys.readouterr().out
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
 def test_a_folder_of_another_config_is_refused_with_the_difference(folder: Path, tmp_path: Path):
-    train.train(experiment(folder, tmp_path / "run", steps=1, evaluate_every=None), FILE)
-    other = experiment(folder, tmp_path / "run", steps=1, evaluate_every=None, **{"loss.beta": 0.5})
+    train.train(tiny.experiment(folder, tmp_path / "run", steps=1, evaluate_every=None), tiny.FILE)
+    other = tiny.experiment(
+        folder, tmp_path / "run", steps=1, evaluate_every=None, **{"loss.beta": 0.5}
+    )
     with pytest.raises(ValueError, match=r"loss\.beta: 0\.1 in the folder, 0\.5 now"):
-        train.train(other, FILE)
+        train.train(other, tiny.FILE)
 
 
 KILLED = """
@@ -107,7 +64,7 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 from dpo_jax import flags, metrics, train
-from tests import test_train
+from tests import test_train, tiny
 from pathlib import Path
 write = metrics.Writer.write
 def dying(self, step, values):
@@ -115,8 +72,8 @@ def dying(self, step, values):
     if step == int(sys.argv[3]):
         os.kill(os.getpid(), getattr(signal, sys.argv[4]))
 metrics.Writer.write = dying
-run = test_train.experiment(Path(sys.argv[1]), Path(sys.argv[2]), **test_train.KINDS[sys.argv[5]]())
-train.train(run, test_train.FILE)
+run = tiny.experiment(Path(sys.argv[1]), Path(sys.argv[2]), **test_train.KINDS[sys.argv[5]]())
+train.train(run, tiny.FILE)
 """
 
 KINDS = {
@@ -127,18 +84,18 @@ KINDS = {
 
 def run_killed(folder: Path, workdir: Path, step: int, sent: str, kind: str) -> int:
     arguments = [sys.executable, "-c", KILLED, folder, workdir, str(step), sent, kind]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(list(map(str, arguments)), env=environment, cwd=ROOT).returncode
+    environment = {**os.environ, "PYTHONPATH": str(tiny.ROOT)}
+    return subprocess.run(list(map(str, arguments)), env=environment, cwd=tiny.ROOT).returncode
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 def test_a_run_killed_in_the_middle_goes_on_bit_for_bit(kind: str, folder: Path, tmp_path: Path):
-    whole = experiment(folder, tmp_path / "whole", **KINDS[kind]())
-    train.train(whole, FILE)
+    whole = tiny.experiment(folder, tmp_path / "whole", **KINDS[kind]())
+    train.train(whole, tiny.FILE)
     # step 5 is written, the newest checkpoint is of step 4
     assert run_killed(folder, tmp_path / "killed", 5, "SIGKILL", kind) == -signal.SIGKILL
     assert [line["step"] for line in lines(tmp_path / "killed")] == [0, 1, 2, 3, 4, 5]
-    train.train(experiment(folder, tmp_path / "killed", **KINDS[kind]()), FILE)
+    train.train(tiny.experiment(folder, tmp_path / "killed", **KINDS[kind]()), tiny.FILE)
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
     resumed, uninterrupted = params_of(tmp_path / "killed"), params_of(tmp_path / "whole")
     jax.tree.map(np.testing.assert_array_equal, resumed, uninterrupted)
@@ -170,17 +127,17 @@ def test_sigterm_saves_the_step_that_it_meets_and_exits_143(folder: Path, tmp_pa
 def test_bad_input_stops_before_a_folder_is_made(changes, message, folder: Path, tmp_path: Path):
     filled = {k: v.format(folder=folder) if isinstance(v, str) else v for k, v in changes.items()}
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        train.train(experiment(folder, tmp_path / "run", **filled), FILE)
+        train.train(tiny.experiment(folder, tmp_path / "run", **filled), tiny.FILE)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(folder: Path, tmp_path: Path):
     builtin.write_tokenizer(tmp_path / "large", builtin.corpus(2000, 0), 600)
-    run = experiment(folder, tmp_path / "run", **{"data.tokenizer": str(tmp_path / "large")})
+    run = tiny.experiment(folder, tmp_path / "run", **{"data.tokenizer": str(tmp_path / "large")})
     with pytest.raises(
         ValueError, match=r"large has \d+ tokens and the model tiny a vocabulary of 512"
     ):
-        train.train(run, FILE)
+        train.train(run, tiny.FILE)
 
 
 def test_a_reference_that_is_not_the_policy_at_step_0_stops_the_run(
@@ -191,27 +148,27 @@ def test_a_reference_that_is_not_the_policy_at_step_0_stops_the_run(
 
     monkeypatch.setattr("dpo_jax.reference.live", shifted)
     with pytest.raises(ValueError, match=r"at step 0 .* differ by up to 1 nats a token"):
-        train.train(experiment(folder, tmp_path / "run"), FILE)
+        train.train(tiny.experiment(folder, tmp_path / "run"), tiny.FILE)
 
 
 def test_a_run_starts_from_another_run_and_has_it_as_reference(folder: Path, tmp_path: Path):
-    train.train(experiment(folder, tmp_path / "first", steps=2), FILE)
-    second = experiment(
+    train.train(tiny.experiment(folder, tmp_path / "first", steps=2), tiny.FILE)
+    second = tiny.experiment(
         folder,
         tmp_path / "second",
         steps=1,
         **{"model.source": str(tmp_path / "first"), "data.tokenizer": None},
     )
-    train.train(second, FILE)
+    train.train(second, tiny.FILE)
     np.testing.assert_allclose(lines(tmp_path / "second")[1]["loss"], np.log(2), rtol=1e-5)
 
 
 def test_samples_are_written_with_their_metrics(folder: Path, tmp_path: Path):
-    run = experiment(
+    run = tiny.experiment(
         folder, tmp_path / "run", steps=1, **{"samples.count": 4, "samples.max_tokens": 8}
     )
     train.train(
-        run.replace(samples=config.Samples(count=4, max_tokens=8, reward=builtin.reward)), FILE
+        run.replace(samples=config.Samples(count=4, max_tokens=8, reward=builtin.reward)), tiny.FILE
     )
     found = lines(tmp_path / "run")
     assert found[0]["samples/kl"] == pytest.approx(0.0, abs=1e-4)
@@ -222,5 +179,5 @@ def test_samples_are_written_with_their_metrics(folder: Path, tmp_path: Path):
 
 def test_the_profiler_traces_its_window(folder: Path, tmp_path: Path):
     changes = {"profile.start": 1, "profile.steps": 2, "steps": 4, "evaluate_every": None}
-    train.train(experiment(folder, tmp_path / "run", **changes), FILE)
+    train.train(tiny.experiment(folder, tmp_path / "run", **changes), tiny.FILE)
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))

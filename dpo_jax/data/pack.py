@@ -85,6 +85,18 @@ def plan(data: tokenise.Tokenised, batch_size: int, parts: int, seed: int) -> Pl
     return Plan(batch_size, parts, seed, ladder)
 
 
+def plan_within(longest: int, scored: int, batch_size: int, parts: int) -> Plan:
+    """A plan made before the examples are there: each has at most so many tokens and scored ones.
+
+    Two of the largest fit into a row, so that no step needs more than half as many rows as
+    examples.
+    """
+    tokens, scored = _round_up(2 * longest, MULTIPLE), _round_up(2 * scored, MULTIPLE)
+    rows = dict.fromkeys(_round_up(batch_size / share, parts) for share in (8, 4, 2))
+    shapes = (Shape(count, tokens, scored, min(batch_size, 16)) for count in rows)
+    return Plan(batch_size, parts, 0, tuple(shapes))
+
+
 def _candidates(all_sizes: Sizes, batch_size: int) -> list[Shape]:
     longest, most_scored = int(all_sizes.tokens.max()), int(all_sizes.scored.max())
     share = all_sizes.scored.sum() / all_sizes.tokens.sum()
