@@ -23,6 +23,7 @@ from dpo_jax import (
     train_step,
 )
 from dpo_jax.data import pack, tokenise, tokenizer
+from dpo_jax.model import config as model_config
 from dpo_jax.model import decoder
 
 
@@ -45,8 +46,9 @@ class Run(NamedTuple):
     sampler: evaluate.Sampler | None
     # parameters of a live reference; None where it is cached or absent
     reference: Any
-    # on the host: the initial policy, which samples are compared with, if any are drawn
-    initial_params: Any
+    # on the host, where the reference is not live: what samples are compared with, the reference or
+    # else the initial policy; None where samples are drawn from no model that was trained before
+    compared: Any
     # the loss's floats and the learning rate, as the step takes them
     numbers: dict
 
@@ -58,7 +60,9 @@ def assemble(
     computed yet.
     """
     found = inputs.load(experiment, mesh)
-    print(tokenise.describe(found.train.report))
+    print(f"training: {tokenise.describe(found.train.report)}")
+    if found.held_out is not None:
+        print(f"held out: {tokenise.describe(found.held_out.report)}")
     params = found.initial.params
     score = functools.partial(logps.score, found.initial.model)
     tx = optimizer.make(experiment.optimizer)
@@ -67,8 +71,11 @@ def assemble(
     train, held_out, held_out_pairs = lay_out(experiment, found, mesh, anchor)
     scoring = make_scoring(experiment, score)
     sampler = make_sampler(experiment, found, mesh, score)
-    initial_params = jax.device_get(params) if sampler is not None else None
-    if anchor is not None and experiment.reference.cached:
+    compared = None
+    if sampler is not None and not has_live_reference(experiment):
+        random = experiment.model.source in model_config.PRESETS and anchor is None
+        compared = None if random else jax.device_get(params if anchor is None else anchor)
+    if not has_live_reference(experiment):
         anchor = None
     elif anchor is params:
         # the step donates the policy's buffers, and the reference outlives them
@@ -90,7 +97,7 @@ def assemble(
         ),
         sampler=sampler,
         reference=anchor,
-        initial_params=initial_params,
+        compared=compared,
         numbers={
             "loss": floats(experiment.loss),
             "learning_rate": jnp.float32(experiment.optimizer.learning_rate),
@@ -123,6 +130,11 @@ def load_reference(experiment: config.Experiment, found: inputs.Inputs, mesh):
             "by one function, so they must agree"
         )
     return loaded.params
+
+
+def has_live_reference(experiment: config.Experiment) -> bool:
+    """Whether the reference's parameters are held while the run goes on."""
+    return experiment.reference.source is not None and not experiment.reference.cached
 
 
 def is_initial(experiment: config.Experiment) -> bool:

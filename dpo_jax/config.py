@@ -231,16 +231,10 @@ class Profile:
 class Task:
     """The size of the built-in task; read where data.source or model.source is builtin."""
 
-    # preset of the model that is trained from scratch by SFT
-    model: str = "reviews-5m"
+    # preset of the model that experiments/sft.py trains from scratch
+    model: str = "reviews-1m"
     # reviews of the corpus
-    reviews: Count = 40_000
-    # SFT steps
-    sft_steps: Count = 400
-    # examples an SFT step
-    sft_batch_size: Count = 64
-    # peak learning rate of SFT
-    sft_learning_rate: Positive = 2e-3
+    reviews: Count = 30_000
     # prefixes from which preference pairs are made
     prefixes: Count = 5_000
     # prefixes kept apart for evaluation

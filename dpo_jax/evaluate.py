@@ -70,10 +70,10 @@ def sample(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Metrics of completions sampled from the policy, and the completions as rows.
 
-    `kl` is the mean over samples of log pi(y|x) - log pi_ref(y|x) in nats, an unbiased estimate of
-    the sequence-level KL where temperature is 1 and neither top_k nor top_p is set; `length` is in
-    tokens, `ended` the share that ended with EOS, `repetition` the mean share of a sample's 3-grams
-    that it has had before.
+    `kl`, where there are parameters to compare with, is the mean over samples of log pi(y|x) - log
+    pi_ref(y|x) in nats, an unbiased estimate of the sequence-level KL where temperature is 1 and
+    neither top_k nor top_p is set; `length` is in tokens, `ended` the share that ended with EOS,
+    `repetition` the mean share of a sample's 3-grams that it has had before.
     """
     settings = sampler.settings
     completions = generate.complete(
@@ -89,18 +89,18 @@ def sample(
         mesh=sampler.mesh,
     )
     data = as_examples(sampler.prompts, completions)
-    ratio = totals(sampler, params, data) - totals(sampler, anchor_params, data)
     rows = [
-        describe(sampler, prompt, completion, float(log_ratio))
-        for prompt, completion, log_ratio in zip(sampler.prompts, completions, ratio, strict=True)
+        describe(sampler, prompt, completion)
+        for prompt, completion in zip(sampler.prompts, completions, strict=True)
     ]
+    if anchor_params is not None:
+        ratio = totals(sampler, params, data) - totals(sampler, anchor_params, data)
+        rows = [{**row, "kl": float(one)} for row, one in zip(rows, ratio, strict=True)]
     names = [name for name in rows[0] if name not in ("prompt", "completion")]
     return {name: float(np.mean([row[name] for row in rows])) for name in names}, rows
 
 
-def describe(
-    sampler: Sampler, prompt: list[int], completion: list[int], log_ratio: float
-) -> dict[str, Any]:
+def describe(sampler: Sampler, prompt: list[int], completion: list[int]) -> dict[str, Any]:
     """One sample as a row: texts, and its numbers."""
     ended = bool(completion) and completion[-1] == sampler.tokenizer.eos_id
     body = completion[:-1] if ended else completion
@@ -109,7 +109,6 @@ def describe(
         "completion": sampler.tokenizer.decode_plain(body),
     }
     numbers = {
-        "kl": log_ratio,
         "length": len(completion),
         "ended": float(ended),
         "repetition": repetition(completion),

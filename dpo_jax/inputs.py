@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 
-from dpo_jax import config, contract, initial, sharding
+from dpo_jax import config, contract, initial, paths, sharding
 from dpo_jax.data import tokenise, tokenizer
 
 
@@ -26,6 +26,7 @@ def load(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Inputs:
     """Reads and checks everything; every cause that can be seen before a step compiles is a
     ValueError here.
     """
+    check_switches(experiment)
     sharding.check_batch_size(experiment.batch_size, experiment.microbatches, mesh)
     start = initial.load(experiment.model.source, experiment.model, experiment.seed, mesh)
     words = tokenizer.load_tokenizer(experiment.data, start.tokenizer)
@@ -60,6 +61,17 @@ def load(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Inputs:
     return Inputs(start, words, train, held_out, pairs)
 
 
+def check_switches(experiment: config.Experiment) -> None:
+    """Raises ValueError for a switch that would have no effect."""
+    if experiment.reference.cached and experiment.reference.source is None:
+        raise ValueError("reference.cached is set and reference.source is None: leave one out")
+    start = experiment.profile.start
+    if start is not None and start >= experiment.steps:
+        raise ValueError(
+            f"profile.start is {start}, and the run has {experiment.steps} steps: it must be less"
+        )
+
+
 def check_lengths(data: tokenise.Tokenised, positions: int, experiment: config.Experiment) -> None:
     """Raises ValueError where a prompt and completion are longer than the model's positions."""
     prompts = data.prompts[:, 1] - data.prompts[:, 0]
@@ -75,9 +87,9 @@ def check_lengths(data: tokenise.Tokenised, positions: int, experiment: config.E
 
 
 def enable_compile_cache(folder: str) -> None:
-    """Keeps compiled programs on disk, so that the next process with the same shapes starts at
-    once.
-    """
+    """Keeps compiled programs in a local folder, for the next process with the same shapes."""
+    if not paths.is_local(folder):
+        return
     os.makedirs(folder, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

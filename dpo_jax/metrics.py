@@ -2,8 +2,10 @@
 finite.
 """
 
+import hashlib
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +15,8 @@ import tqdm
 from dpo_jax import config, paths
 
 JSONL = "metrics.jsonl"
+# metrics that stop a run when they are not finite
+CHECKED = ("loss", "grad_norm")
 
 
 def cut(folder: str, step: int) -> None:
@@ -60,7 +64,10 @@ class Writer:
             mininterval=0.5 if sys.stderr.isatty() else 20,
         )
         self._board = None
-        if log.tensorboard and paths.is_local(folder):
+        self._accuracy: float | None = None
+        if log.tensorboard and not paths.is_local(folder):
+            print(f"no TensorBoard files: they need a local folder, and the run is in {folder}")
+        elif log.tensorboard:
             import tensorboardX
 
             _, name = paths.locate(paths.join(folder, "tensorboard"))
@@ -73,8 +80,10 @@ class Writer:
         self.close()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One line: the step, then its metrics. Raises FloatingPointError where the loss is not
-        finite.
+        """One line: the step, then its metrics.
+
+        Raises FloatingPointError where the loss or the gradient's norm is not finite, once the line
+        is written.
         """
         self._lines.append(json.dumps({"step": step, **values}))
         if self._board is not None:
@@ -83,17 +92,20 @@ class Writer:
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
         self._show(step, values)
-        if not math.isfinite(values.get("loss", 0.0)):
-            raise FloatingPointError(
-                f"loss is {values['loss']} at step {step}: lower --optimizer.learning-rate, or "
-                "look at the batch "
-                "(scripts.show); the last checkpoint is untouched"
-            )
+        for name in CHECKED:
+            if not math.isfinite(values.get(name, 0.0)):
+                raise FloatingPointError(
+                    f"{name} is {values[name]} at step {step}: lower --optimizer.learning-rate, or "
+                    "look at the rows (scripts.show); the last checkpoint is untouched"
+                )
 
     def _show(self, step: int, values: Mapping[str, float]) -> None:
+        # of unpaired examples, which have none of their own, the last held-out accuracy
+        held_out = values.get("eval/rewards/accuracies", self._accuracy)
+        self._accuracy = held_out
         shown = {
             "loss": values.get("loss"),
-            "accuracy": values.get("rewards/accuracies"),
+            "accuracy": values.get("rewards/accuracies", held_out),
             "tokens/s": values.get("time/tokens_per_second"),
         }
         self._bar.set_postfix(
@@ -154,5 +166,7 @@ def start_wandb(project: str, folder: str, run_config: dict) -> Any:
         raise ValueError(
             "log.wandb_project is set and wandb is not installed: pip install wandb"
         ) from error
-    name = folder.rstrip("/").rsplit("/", 1)[-1]
-    return wandb.init(project=project, name=name, id=name, resume="allow", config=run_config)
+    whole = os.path.abspath(folder) if paths.is_local(folder) else folder.rstrip("/")
+    identity = hashlib.blake2b(whole.encode(), digest_size=8).hexdigest()
+    name = "/".join(whole.split("/")[-2:])
+    return wandb.init(project=project, name=name, id=identity, resume="allow", config=run_config)

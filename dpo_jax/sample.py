@@ -18,24 +18,32 @@ class Options(NamedTuple):
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
+    # the prompt is a user's message, in the tokenizer's chat template
+    chat: bool = False
 
 
 def sample(source: str, prompt: str, options: Options) -> list[str]:
     """Continuations of a prompt, without it, by the newest weights of a run folder (or an HF folder
     or preset).
 
-    A tokenizer with a chat template gets the prompt as a user's message. ValueError for a folder
+    ValueError for a folder
     without weights, and numbers out of range.
     """
     if options.count < 1:
         raise ValueError(f"count is {options.count}; it must be at least 1")
+    if options.temperature == 0 and (options.top_k, options.top_p) != (None, None):
+        raise ValueError(
+            "temperature is 0, and top_k and top_p then have no effect: leave them out"
+        )
     if options.temperature < 0:
         raise ValueError(f"temperature is {options.temperature}; it must be >= 0")
     mesh = sharding.make_mesh(config.Mesh(), jax.devices())
     model = initial.load(source, config.Model(), options.seed, mesh)
     words = tokenizer.load_tokenizer(config.Data(), model.tokenizer)
+    if options.chat and words.chat_template is None:
+        raise ValueError(f"chat is set, and the tokenizer of {source} has no chat template")
     messages = [{"role": "user", "content": prompt}]
-    ids = words.encode_prompt(messages if words.chat_template else prompt)
+    ids = words.encode_prompt(messages if options.chat else prompt)
     greedy = options.temperature == 0
     completions = generate.complete(
         model.model,

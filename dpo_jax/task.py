@@ -14,12 +14,14 @@ from pathlib import Path
 import filelock
 import jax
 
-from dpo_jax import config, generate, initial, losses, paths, reference, sharding, train
+from dpo_jax import config, flags, generate, initial, paths, reference, sharding, train
 from dpo_jax.data import builtin, tokenizer
 from dpo_jax.model import config as model_config
 
 SOURCE = "builtin"
 SFT_FILE = Path(__file__).parent.parent / "experiments" / "sft.py"
+PAIR_FIELDS = ("prefixes", "held_out_prefixes", "completions", "pairs_per_prefix")
+HELD_OUT_REVIEWS = 256
 # tokens that a review may have; the longest of the grammar has fewer
 MAX_TOKENS = 80
 # completions sampled at once
@@ -31,114 +33,96 @@ def run(experiment: config.Experiment, experiment_file: str | Path) -> None:
     train.train(prepare(experiment), experiment_file)
 
 
-def sft(task: config.Task) -> config.Experiment:
-    """The SFT run that the task's pairs are sampled from and that its other runs start at."""
-    return config.Experiment(
-        loss=config.Loss(losses.sft),
-        steps=task.sft_steps,
-        batch_size=task.sft_batch_size,
-        seed=task.seed,
-        data=config.Data(examples="sft", max_length=128),
-        reference=config.Reference(source=None),
-        optimizer=config.Optimizer(
-            learning_rate=task.sft_learning_rate,
-            schedule="cosine",
-            warmup_steps=min(100, task.sft_steps // 10),
-            b2=0.95,
-            weight_decay=0.01,
-        ),
-        samples=config.Samples(count=64, max_tokens=MAX_TOKENS, reward=builtin.reward),
-        task=task,
-    )
-
-
 def prepare(experiment: config.Experiment) -> config.Experiment:
-    """The experiment with files and folders in the place of the source `builtin`."""
+    """The experiment with files and folders in the place of the source `builtin`.
+
+    ValueError for a number of task.* that this experiment does not read.
+    """
+    check_read(experiment)
     if SOURCE not in (experiment.data.source, experiment.model.source):
-        if experiment.task != config.Task():
-            raise ValueError(
-                f"task.* is set, and neither data.source {experiment.data.source} nor model.source "
-                f"{experiment.model.source} is builtin: leave it out"
-            )
         return experiment
     if not paths.is_local(paths.cache_folder()):
         raise ValueError(
             "the built-in task needs a cache on local disk, and DPO_JAX_CACHE is "
             f"{paths.cache_folder()}"
         )
-    task = experiment.task
-    corpus = make_corpus(task)
-    words = {"tokenizer": experiment.data.tokenizer or str(corpus / "tokenizer")}
-    if experiment.data.examples == "sft":
-        source = task.model if experiment.model.source == SOURCE else experiment.model.source
-        rows = corpus
-    else:
-        source = experiment.model.source
-        if source == SOURCE:
-            source = str(make_sft(task, experiment.log))
-        rows = make_pairs(task, source) if experiment.data.source == SOURCE else corpus
-    if experiment.data.source == SOURCE:
-        words |= {
-            "source": str(rows / "train.jsonl"),
-            "evaluation_source": str(rows / "held_out.jsonl"),
-        }
-    return experiment.replace(
-        model=dataclasses.replace(experiment.model, source=source),
-        data=dataclasses.replace(experiment.data, **words),
+    task, source, data = experiment.task, experiment.model.source, experiment.data
+    if source == SOURCE:
+        is_sft = data.examples == "sft"
+        source = task.model if is_sft else str(make_sft(task, experiment.log))
+    if data.tokenizer is None and initial.tokenizer_of(source) is None:
+        data = dataclasses.replace(data, tokenizer=str(make_corpus(task) / "tokenizer"))
+    if data.source == SOURCE:
+        rows = make_corpus(task) if data.examples == "sft" else make_pairs(task, source, data)
+        data = dataclasses.replace(
+            data,
+            source=str(rows / "train.jsonl"),
+            evaluation_source=data.evaluation_source or str(rows / "held_out.jsonl"),
+        )
+    model = dataclasses.replace(experiment.model, source=source)
+    return experiment.replace(model=model, data=data)
+
+
+def check_read(experiment: config.Experiment) -> None:
+    """Raises ValueError for a number of task.* that is set and that nothing reads."""
+    makes_pairs = experiment.data.source == SOURCE and experiment.data.examples != "sft"
+    makes_corpus = experiment.model.source == SOURCE or (
+        experiment.data.source == SOURCE and experiment.data.examples == "sft"
     )
+    unread = {
+        **dict.fromkeys(("model",), experiment.model.source != SOURCE),
+        **dict.fromkeys(("reviews",), not makes_corpus),
+        **dict.fromkeys(PAIR_FIELDS, not makes_pairs),
+        "seed": not makes_corpus and not makes_pairs,
+    }
+    for name, is_unread in unread.items():
+        value = getattr(experiment.task, name)
+        if is_unread and value != getattr(config.Task(), name):
+            raise ValueError(
+                f"task.{name} is {value}, and nothing reads it where data.source is "
+                f"{experiment.data.source}, data.examples {experiment.data.examples} and "
+                f"model.source {experiment.model.source}: leave it out"
+            )
 
 
 def make_corpus(task: config.Task) -> Path:
     """Folder of the reviews and the tokenizer trained on them."""
     vocabulary = preset(task.model).vocabulary_size
-    folder = cached("corpus", [task.reviews, task.seed, vocabulary])
+    folder = cached("corpus", [task.reviews, HELD_OUT_REVIEWS, task.seed, vocabulary])
     with filelock.FileLock(f"{folder}.lock"):
         if not (folder / "train.jsonl").exists():
-            reviews = builtin.corpus(task.reviews + task.held_out_prefixes, task.seed)
-            builtin.write_tokenizer(folder / "tokenizer", reviews[: task.reviews], vocabulary)
-            held_out = [{"text": review} for review in reviews[task.reviews :]]
-            write_rows(folder / "held_out.jsonl", held_out)
-            write_rows(
-                folder / "train.jsonl", [{"text": review} for review in reviews[: task.reviews]]
-            )
+            reviews = builtin.corpus(task.reviews + HELD_OUT_REVIEWS, task.seed)
+            train_on, held_out = reviews[: task.reviews], reviews[task.reviews :]
+            builtin.write_tokenizer(folder / "tokenizer", train_on, vocabulary)
+            write_rows(folder / "held_out.jsonl", [{"text": review} for review in held_out])
+            write_rows(folder / "train.jsonl", [{"text": review} for review in train_on])
     return folder
 
 
 def make_sft(task: config.Task, log: config.Log) -> Path:
-    """Run folder of the SFT model, trained now where it is not there yet."""
-    folder = cached(
-        "sft",
-        [
-            task.model,
-            task.reviews,
-            task.sft_steps,
-            task.sft_batch_size,
-            task.sft_learning_rate,
-            task.seed,
-        ],
-    )
+    """Run folder of the SFT model, which experiments/sft.py describes, trained now if it is new."""
+    read = {name: getattr(task, name) for name in ("model", "reviews", "seed")}
+    run = flags.load(SFT_FILE).replace(task=config.Task(**read), seed=task.seed, log=log)
+    record = flags.to_json(run, SFT_FILE)
+    identity = {name: value for name, value in record.items() if name not in ("workdir", "log")}
+    folder = cached("sft", [identity, dataclasses.asdict(preset(task.model))])
     with filelock.FileLock(f"{folder}.lock"):
         if not (folder / train.DONE).exists():
-            print(f"training the built-in task's SFT model, {task.sft_steps} steps, once: {folder}")
-            run = sft(task).replace(workdir=str(folder), log=log)
-            train.train(prepare(run), SFT_FILE)
+            print(f"training the built-in task's SFT model, {run.steps} steps, once: {folder}")
+            train.train(prepare(run.replace(workdir=str(folder))), SFT_FILE)
     return folder
 
 
-def make_pairs(task: config.Task, source: str) -> Path:
+def make_pairs(task: config.Task, source: str, data: config.Data) -> Path:
     """Folder of pairs for training and evaluation, sampled from a model and ranked by the
     ground-truth reward.
     """
-    devices = sharding.make_mesh(config.Mesh(), jax.devices())
-    model = initial.load(source, config.Model(dtype="float32"), task.seed, devices)
-    sizes = [
-        task.prefixes,
-        task.held_out_prefixes,
-        task.completions,
-        task.pairs_per_prefix,
-        task.seed,
-    ]
-    folder = cached("pairs", [reference.fingerprint(model.params), *sizes])
+    mesh = sharding.make_mesh(config.Mesh(), jax.devices())
+    model = initial.load(source, config.Model(dtype="float32"), task.seed, mesh)
+    words = tokenizer.load_tokenizer(data, model.tokenizer)
+    sizes = [getattr(task, name) for name in (*PAIR_FIELDS, "seed")]
+    identity = [reference.fingerprint(model.params), words.fingerprint, *sizes]
+    folder = cached("pairs", identity)
     with filelock.FileLock(f"{folder}.lock"):
         if not (folder / "train.jsonl").exists():
             print(
@@ -146,28 +130,29 @@ def make_pairs(task: config.Task, source: str) -> Path:
                 f"{folder}"
             )
             prefixes = builtin.prefixes(task.prefixes + task.held_out_prefixes, task.seed)
-            rows = sample_pairs(task, model, prefixes, devices)
+            rows = sample_pairs(task, model, words, prefixes, mesh)
             if not rows:
                 raise ValueError(
                     f"the completions that {source} writes all have one reward, so there is no "
-                    "pair to learn from: train the SFT model longer (--task.sft-steps), or take "
-                    "more --task.prefixes or --task.completions"
+                    "pair to learn from: train it longer, or take more --task.prefixes or "
+                    "--task.completions"
                 )
             held_out = set(prefixes[task.prefixes :])
-            write_rows(
-                folder / "held_out.jsonl", [row for row in rows if row["prompt"] in held_out]
-            )
-            write_rows(
-                folder / "train.jsonl", [row for row in rows if row["prompt"] not in held_out]
-            )
+            kept_apart = [row for row in rows if row["prompt"] in held_out]
+            write_rows(folder / "held_out.jsonl", kept_apart)
+            train_on = [row for row in rows if row["prompt"] not in held_out]
+            write_rows(folder / "train.jsonl", train_on)
     return folder
 
 
 def sample_pairs(
-    task: config.Task, model: initial.Initial, prefixes: list[str], mesh
+    task: config.Task,
+    model: initial.Initial,
+    words: tokenizer.Tokenizer,
+    prefixes: list[str],
+    mesh,
 ) -> list[builtin.Pair]:
     """Ranked pairs of every prefix's completions; those that did not end are left out."""
-    words = tokenizer.load_tokenizer(config.Data(), model.tokenizer)
     bos = [] if words.bos_id is None else [words.bos_id]
     prompts = [bos + words.encode(prefix) for prefix in prefixes for _ in range(task.completions)]
     sampled = generate.complete(

@@ -4,13 +4,15 @@ step in `train_step`.
 
 import collections
 import concurrent.futures
+import contextlib
 import itertools
 import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,6 +20,7 @@ import numpy as np
 from dpo_jax import (
     assemble,
     checkpoint,
+    checks,
     config,
     evaluate,
     flags,
@@ -61,9 +64,11 @@ def train(experiment: config.Experiment, experiment_file: str | Path) -> None:
     with checkpoint.make_checkpointer(folder, experiment.checkpoint) as checkpointer:
         state = resume(checkpointer, state)
         first = int(state.step)
-        metrics.cut(folder, first)
+        # the line of step 0 too is written again where no checkpoint was saved
+        metrics.cut(folder, first or -1)
         with metrics.Writer(folder, experiment.log, experiment.steps, first, record) as writer:
-            loop(run, folder, state, checkpointer, writer)
+            with catching_sigterm() as stop, contextlib.ExitStack() as trace:
+                loop(run, folder, state, Ends(checkpointer, writer, stop, trace))
     paths.write_text(paths.join(folder, DONE), "")
 
 
@@ -96,34 +101,38 @@ def resume(checkpointer, state: train_step.TrainState) -> train_step.TrainState:
     return train_step.TrainState(placed, restored["params"], restored["opt_state"])
 
 
-def loop(
-    run: assemble.Run,
-    folder: str,
-    state: train_step.TrainState,
-    checkpointer,
-    writer: metrics.Writer,
-) -> None:
+class Ends(NamedTuple):
+    """Where a run's effects go."""
+
+    checkpointer: Any
+    writer: metrics.Writer
+    # set by SIGTERM
+    stop: threading.Event
+    # the profiler, while it runs
+    trace: contextlib.ExitStack
+
+
+def loop(run: assemble.Run, folder: str, state: train_step.TrainState, ends: Ends) -> None:
     """Runs the steps that are left, with evaluations, checkpoints and the profiler's window."""
     experiment, first = run.experiment, int(state.step)
-    stop = catch_sigterm()
     if first == 0:
-        writer.write(0, evaluation(run, folder, state, 0))
+        found = evaluation(run, folder, state, 0)
+        check_metric(experiment, found)
+        ends.writer.write(0, found)
     pending, clock = None, time.perf_counter()
     for step, batch, facts in batches(run, first):
-        trace(experiment.profile, folder, step, state)
+        profile(experiment.profile, folder, step, state, ends.trace)
         state, values = run.step(state, run.reference, batch, run.numbers)
         # the device works on this step while the numbers of the last are fetched and written
         if pending is not None:
-            writer.write(*fetch(pending, clock))
+            ends.writer.write(*fetch(pending, clock))
             clock = time.perf_counter()
         pending, done = (step + 1, values, facts), step + 1
         if step == 0:
             check_identity(run, float(values["deviation"]))
-        if stop.is_set() or done == experiment.steps or due(experiment, done):
-            line = fetch(pending, clock)
-            pause(run, folder, state, line, writer, checkpointer, stop.is_set())
+        if ends.stop.is_set() or done == experiment.steps or due(experiment, done):
+            pause(run, folder, state, fetch(pending, clock), ends)
             pending, clock = None, time.perf_counter()
-    trace(experiment.profile, folder, experiment.steps, state)
 
 
 def due(experiment: config.Experiment, done: int) -> bool:
@@ -145,37 +154,44 @@ def fetch(pending: tuple, clock: float) -> tuple[int, dict[str, float]]:
     floats = {name: float(value) for name, value in jax.device_get(values).items()}
     del floats["deviation"]
     shown = {
-        name: value for name, value in floats.items() if name == "loss" or not math.isnan(value)
+        name: value
+        for name, value in floats.items()
+        if name in metrics.CHECKED or not math.isnan(value)
     }
     seconds = time.perf_counter() - clock
     timed = {"time/step": seconds, "time/tokens_per_second": facts["tokens"] / seconds}
     return step, {**shown, **{name: facts[name] for name in facts if name != "tokens"}, **timed}
 
 
-def pause(
-    run: assemble.Run,
-    folder: str,
-    state,
-    line: tuple,
-    writer: metrics.Writer,
-    checkpointer,
-    stopping,
-) -> None:
+def pause(run: assemble.Run, folder: str, state, line: tuple, ends: Ends) -> None:
     """Evaluates and saves as is due after a step; its line is on disk before its checkpoint is."""
     (step, values), experiment = line, run.experiment
-    last = step == experiment.steps
-    if last or divides(experiment.evaluate_every, step):
+    last, stopping = step == experiment.steps, ends.stop.is_set()
+    saves = last or stopping or divides(experiment.checkpoint_every, step)
+    # the best checkpoints are told apart by an evaluation of each
+    ranks = saves and experiment.checkpoint.keep_best > 0
+    if last or ranks or divides(experiment.evaluate_every, step):
         values.update(evaluation(run, folder, state, step))
-    writer.write(step, values)
-    if last or stopping or divides(experiment.checkpoint_every, step):
-        writer.flush()
-        ranked = {name: values[name] for name in (experiment.checkpoint.metric,) if name in values}
-        checkpoint.save(
-            checkpointer, step, {"params": state.params, "opt_state": state.opt_state}, ranked
-        )
+    ends.writer.write(step, values)
+    if saves:
+        ends.writer.flush()
+        ranked = {name: values[name] for name in (experiment.checkpoint.metric,) if ranks}
+        items = {"params": state.params, "opt_state": state.opt_state}
+        checkpoint.save(ends.checkpointer, step, items, ranked)
     if stopping and not last:
         print(f"SIGTERM: saved step {step}; the same command goes on from there")
         raise SystemExit(143)
+
+
+def check_metric(experiment: config.Experiment, found: Mapping[str, float]) -> None:
+    """Raises ValueError where the best checkpoints go by a metric that evaluations do not have."""
+    metric = experiment.checkpoint.metric
+    if experiment.checkpoint.keep_best and metric not in found:
+        there = checks.nearest(metric, list(found)) if found else "; nothing is evaluated"
+        raise ValueError(
+            f"checkpoint.metric is {metric!r}, which the evaluations do not have{there}: give "
+            "--checkpoint.metric one of theirs, or --checkpoint.keep-best 0"
+        )
 
 
 def evaluation(
@@ -198,7 +214,9 @@ def evaluation(
     if run.sampler is not None:
         # the same noise at every evaluation, so that what changes is the policy
         key = jax.random.fold_in(jax.random.key(run.experiment.seed), 1)
-        anchor = sharding.place(run.initial_params, run.mesh)
+        anchor = run.reference
+        if anchor is None and run.compared is not None:
+            anchor = sharding.place(run.compared, run.mesh)
         sampled, rows = evaluate.sample(run.sampler, state.params, anchor, key)
         evaluate.write_rows(folder, step, rows)
         found |= {f"samples/{name}": value for name, value in sampled.items()}
@@ -251,22 +269,31 @@ def check_identity(run: assemble.Run, deviation: float) -> None:
     )
 
 
-def catch_sigterm() -> threading.Event:
-    """An event that SIGTERM sets, which a preempted machine gets; unset for ever outside of the
-    main thread.
+@contextlib.contextmanager
+def catching_sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, which a preempted machine gets, until the run ends.
+
+    Only the main thread can catch signals; elsewhere the event stays unset.
     """
     stop = threading.Event()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    return stop
-
-
-def trace(profile: config.Profile, folder: str, step: int, state: train_step.TrainState) -> None:
-    """Starts the profiler before its first step and stops it after its last."""
-    if profile.start is None:
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
         return
-    if step == profile.start:
-        jax.profiler.start_trace(paths.join(folder, "profile"))
-    elif step == profile.start + profile.steps:
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def profile(
+    window: config.Profile, folder: str, step: int, state, running: contextlib.ExitStack
+) -> None:
+    """Starts the profiler before the window's first step and stops it after its last."""
+    if window.start is None:
+        return
+    if step == window.start:
+        running.enter_context(jax.profiler.trace(paths.join(folder, "profile")))
+    elif step == window.start + window.steps:
         jax.block_until_ready(state.params)
-        jax.profiler.stop_trace()
+        running.close()

@@ -12,12 +12,12 @@ def experiment() -> config.Experiment:
     """The run."""
     return config.Experiment(
         loss=config.Loss(losses.dpo, beta=0.1),
-        steps=100,
+        steps=150,
         batch_size=64,
         evaluate_every=50,
         data=config.Data(max_length=128),
         reference=config.Reference(cached=True),
-        optimizer=config.Optimizer(learning_rate=5e-4, schedule="linear", warmup_steps=10),
+        optimizer=config.Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=15),
         samples=config.Samples(count=256, max_tokens=80, reward=builtin.reward),
     )
 
@@ -27,7 +27,7 @@ def sweep() -> list[dict]:
     return config.grid(
         {
             "loss.beta": [0.05, 0.1, 1.0, 5.0],
-            "optimizer.learning_rate": [2e-4, 5e-4],
+            "optimizer.learning_rate": [3e-4, 1e-3],
             "seed": [0, 1, 2],
         }
     )

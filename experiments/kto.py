@@ -23,5 +23,5 @@ def experiment() -> config.Experiment:
 def sweep() -> list[dict]:
     """Strength of the tie to the reference, learning rate and seed."""
     return config.grid(
-        {"loss.beta": [0.05, 0.1, 0.5], "optimizer.learning_rate": [2e-4, 5e-4], "seed": [0, 1, 2]}
+        {"loss.beta": [0.05, 0.1, 0.5], "optimizer.learning_rate": [3e-4, 1e-3], "seed": [0, 1, 2]}
     )

@@ -18,5 +18,5 @@ def experiment() -> config.Experiment:
 def sweep() -> list[dict]:
     """The paper's lambda, learning rate and seed."""
     return config.grid(
-        {"loss.lam": [0.1, 0.5, 1.0], "optimizer.learning_rate": [2e-4, 5e-4], "seed": [0, 1, 2]}
+        {"loss.lam": [0.1, 0.5, 1.0], "optimizer.learning_rate": [3e-4, 1e-3], "seed": [0, 1, 2]}
     )

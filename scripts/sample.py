@@ -17,6 +17,7 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=None, help="only the k likeliest tokens")
     parser.add_argument("--top-p", type=float, default=None, help="only the likeliest tokens")
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message")
     options = parser.parse_args()
     try:
         for text in sample.sample(

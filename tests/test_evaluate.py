@@ -185,17 +185,16 @@ def test_a_samples_kl_is_the_log_ratio_of_the_sampled_tokens(sampled, params, dr
 
 
 def test_a_described_sample_by_hand(sampler):
-    row = evaluate.describe(sampler, [4], [8, 8, 8, 8, EOS], 1.5)
+    row = evaluate.describe(sampler, [4], [8, 8, 8, 8, EOS])
     assert row == {
         "prompt": "4",
         "completion": "8 8 8 8",
-        "kl": 1.5,
         "length": 5,
         "ended": 1.0,
         "repetition": pytest.approx(1 / 3),
         "reward": 4.0,
     }
-    assert evaluate.describe(sampler, [4], [8], 0.0)["ended"] == 0.0
+    assert evaluate.describe(sampler, [4], [8])["ended"] == 0.0
 
 
 def test_rows_of_samples_are_written_by_step(tmp_path):

@@ -10,21 +10,15 @@ from dpo_jax import config, flags, metrics, task
 from dpo_jax.data import builtin
 from tests import tiny
 
-SMALL = config.Task(
-    model="reviews-500k",
-    reviews=1500,
-    sft_steps=80,
-    sft_batch_size=32,
-    sft_learning_rate=8e-3,
-    prefixes=24,
-    held_out_prefixes=8,
-)
+CORPUS = config.Task(model="reviews-500k", reviews=1500)
+PAIRS = config.Task(prefixes=24, held_out_prefixes=8)
 
 
 def experiment(name: str, **changes) -> config.Experiment:
     base = flags.load(tiny.ROOT / "experiments" / f"{name}.py")
+    task_of = CORPUS if name == "sft" else PAIRS
     quiet = config.Log(progress=False, tensorboard=False)
-    return base.replace(task=SMALL, log=quiet, **changes)
+    return base.replace(**{"task": task_of, "log": quiet, **changes})
 
 
 def rows(file: str) -> list[dict]:
@@ -36,33 +30,91 @@ def test_sft_gets_the_corpus_its_tokenizer_and_the_preset():
     assert prepared.model.source == "reviews-500k"
     assert len(rows(prepared.data.source)) == 1500
     assert prepared.data.evaluation_source is not None
-    assert len(rows(prepared.data.evaluation_source)) == 8
+    assert len(rows(prepared.data.evaluation_source)) == task.HELD_OUT_REVIEWS
     assert rows(prepared.data.source)[0] == {"text": builtin.corpus(1, 0)[0]}
     assert task.prepare(experiment("sft")) == prepared
 
 
-def test_files_of_ones_own_are_left_as_they_are_and_task_flags_then_refused():
+def test_files_of_ones_own_are_left_as_they_are():
     own = dataclasses.replace(experiment("dpo").data, source="mine.jsonl")
-    run = experiment("dpo", data=own, model=config.Model(source="tiny"))
-    assert task.prepare(run.replace(task=config.Task())) == run.replace(task=config.Task())
-    with pytest.raises(ValueError, match=r"task\.\* is set, and neither data\.source mine\.jsonl"):
+    run = experiment("dpo", data=own, model=config.Model(source="tiny"), task=config.Task())
+    assert task.prepare(run) == run
+
+
+def test_held_out_rows_and_a_tokenizer_of_ones_own_stay():
+    own = dataclasses.replace(
+        experiment("sft").data, evaluation_source="mine.jsonl", tokenizer="mine"
+    )
+    prepared = task.prepare(experiment("sft", data=own)).data
+    assert (prepared.evaluation_source, prepared.tokenizer) == ("mine.jsonl", "mine")
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "wrong"),
+    [
+        ("sft", "builtin", {"prefixes": 3}),
+        ("dpo", "runs/sft", {"model": "reviews-1m"}),
+        ("dpo", "runs/sft", {"reviews": 3}),
+        ("sft", "tiny", {"model": "reviews-1m"}),
+    ],
+)
+def test_a_number_of_the_task_that_nothing_reads_is_refused(name, source, wrong):
+    run = experiment(name, model=config.Model(source=source), task=config.Task(**wrong))
+    with pytest.raises(ValueError, match=rf"task\.{next(iter(wrong))} is .*nothing reads it"):
         task.prepare(run)
 
 
+def test_every_number_of_the_corpus_has_a_folder_of_its_own():
+    changed = [{}, {"reviews": 1400}, {"seed": 1}, {"model": "tiny"}]
+    made = [task.make_corpus(dataclasses.replace(CORPUS, **change)) for change in changed]
+    assert len(set(made)) == len(made)
+
+
 def test_an_unknown_preset_is_refused_with_the_list():
-    wrong = dataclasses.replace(SMALL, model="reviews-5")
-    with pytest.raises(
-        ValueError, match=r"task\.model is 'reviews-5'; the presets are .*reviews-5m"
-    ):
-        task.prepare(experiment("sft").replace(task=wrong))
+    wrong = config.Task(model="reviews-5")
+    message = r"task\.model is 'reviews-5'; the presets are .*reviews-5m"
+    with pytest.raises(ValueError, match=message):
+        task.prepare(experiment("sft", task=wrong))
+
+
+@pytest.fixture(scope="module")
+def sft(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Run folder of a model that writes reviews, more or less."""
+    workdir = str(tmp_path_factory.mktemp("sft") / "run")
+    run = config.override(
+        experiment("sft", workdir=workdir),
+        {
+            "steps": 80,
+            "batch_size": 32,
+            "optimizer.learning_rate": 8e-3,
+            "optimizer.warmup_steps": 8,
+            "samples.count": 4,
+        },
+    )
+    task.run(run, task.SFT_FILE)
+    return workdir
+
+
+def from_sft(name: str, sft: str, workdir: Path) -> config.Experiment:
+    samples = config.Samples(count=8, max_tokens=40, reward=builtin.reward)
+    changes = {"steps": 2, "batch_size": 8, "evaluate_every": None, "samples": samples}
+    return experiment(name, **changes, workdir=str(workdir), model=config.Model(source=sft))
 
 
 @pytest.mark.slow
-def test_pairs_are_sampled_from_the_sft_model_once_and_ranked_by_the_reward(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_sft_samples_have_a_reward_and_no_kl_to_random_weights(sft: str):
+    last = metrics.read(sft)[-1]
+    assert "samples/reward" in last and "samples/kl" not in last
+
+
+@pytest.mark.slow
+def test_pairs_are_sampled_from_the_model_once_with_its_tokenizer_and_ranked(
+    sft: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    run = experiment("dpo", steps=2, workdir=str(tmp_path / "run"))
+    run = from_sft("dpo", sft, tmp_path)
     prepared = task.prepare(run)
+    # None: the one that lies beside the model
+    assert prepared.data.tokenizer is None
     pairs = rows(prepared.data.source)
     assert pairs
     for pair in pairs:
@@ -71,20 +123,15 @@ def test_pairs_are_sampled_from_the_sft_model_once_and_ranked_by_the_reward(
     assert prepared.data.evaluation_source is not None
     held_out = {pair["prompt"] for pair in rows(prepared.data.evaluation_source)}
     assert not held_out & {pair["prompt"] for pair in pairs}
-    # everything is there already: neither SFT nor sampling runs again
-    monkeypatch.setattr("dpo_jax.train.train", None)
+    # everything is there already: nothing is sampled again
     monkeypatch.setattr("dpo_jax.generate.complete", None)
     assert task.prepare(run) == prepared
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo", "ipo", "kto", "orpo"])
-def test_each_method_trains_on_the_task_and_samples(name: str, tmp_path: Path):
-    samples = config.Samples(count=8, max_tokens=40, reward=builtin.reward)
-    run = experiment(
-        name, steps=2, batch_size=8, evaluate_every=None, samples=samples, workdir=str(tmp_path)
-    )
-    task.run(run, tiny.ROOT / "experiments" / f"{name}.py")
+def test_each_method_trains_on_the_task_and_samples(name: str, sft: str, tmp_path: Path):
+    task.run(from_sft(name, sft, tmp_path), tiny.ROOT / "experiments" / f"{name}.py")
     last = metrics.read(str(tmp_path))[-1]
     assert {"eval/loss", "eval/rewards/accuracies", "samples/reward", "samples/kl"} <= set(last)
     assert 0 <= last["eval/rewards/accuracies"] <= 1

@@ -171,6 +171,7 @@ def test_samples_are_written_with_their_metrics(folder: Path, tmp_path: Path):
         run.replace(samples=config.Samples(count=4, max_tokens=8, reward=builtin.reward)), tiny.FILE
     )
     found = lines(tmp_path / "run")
+    # the reference is held, and at step 0 it is the policy
     assert found[0]["samples/kl"] == pytest.approx(0.0, abs=1e-4)
     assert found[-1]["samples/kl"] != 0
     rows = (tmp_path / "run" / "samples" / "00000001.jsonl").read_text().splitlines()
