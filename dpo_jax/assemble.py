@@ -34,10 +34,10 @@ class Run(NamedTuple):
     mesh: jax.sharding.Mesh
     tokenizer: tokenizer.Tokenizer
     model: decoder.Decoder
-    train: evaluate.HeldOut
-    held_out: evaluate.HeldOut | None
+    train: reference.LaidOut
+    held_out: reference.LaidOut | None
     # the held-out rows as pairs, where the run trains on unpaired halves
-    held_out_pairs: evaluate.HeldOut | None
+    held_out_pairs: reference.LaidOut | None
     # (state, reference, batch, numbers) -> (state, metrics), jitted
     step: Callable
     # (params, reference, batch, numbers) -> Sums, jitted: of the loss, and of the rewards of pairs
@@ -51,6 +51,8 @@ class Run(NamedTuple):
     compared: Any
     # the loss's floats and the learning rate, as the step takes them
     numbers: dict
+    # content hashes of rows and weights, which a resumed run must find again
+    identities: dict[str, str]
 
 
 def assemble(
@@ -71,6 +73,7 @@ def assemble(
     train, held_out, held_out_pairs = lay_out(experiment, found, mesh, anchor)
     scoring = make_scoring(experiment, score)
     sampler = make_sampler(experiment, found, mesh, score)
+    identities = identify(found, anchor)
     compared = None
     if sampler is not None and not has_live_reference(experiment):
         random = experiment.model.source in model_config.PRESETS and anchor is None
@@ -83,6 +86,7 @@ def assemble(
     state, shardings = make_state(params, tx, mesh)
     step = train_step.make_train_step(scoring, tx, schedule, accumulation(experiment))
     run = Run(
+        identities=identities,
         experiment=experiment,
         mesh=mesh,
         tokenizer=found.tokenizer,
@@ -104,6 +108,17 @@ def assemble(
         },
     )
     return run, state
+
+
+def identify(found: inputs.Inputs, anchor) -> dict[str, str]:
+    """Content hashes of what a run reads."""
+    hashes = {"training rows": found.train.fingerprint}
+    if found.held_out is not None:
+        hashes["held-out rows"] = found.held_out.fingerprint
+    hashes["initial policy"] = reference.fingerprint(found.initial.params)
+    if anchor is not None:
+        hashes["reference"] = reference.fingerprint(anchor)
+    return hashes
 
 
 def load_reference(experiment: config.Experiment, found: inputs.Inputs, mesh):
@@ -144,7 +159,7 @@ def is_initial(experiment: config.Experiment) -> bool:
 
 def lay_out(
     experiment: config.Experiment, found: inputs.Inputs, mesh, anchor
-) -> tuple[evaluate.HeldOut, evaluate.HeldOut | None, evaluate.HeldOut | None]:
+) -> tuple[reference.LaidOut, reference.LaidOut | None, reference.LaidOut | None]:
     """Training, held-out and held-out pairs' data, each with its plan and, where it is cached, its
     reference.
     """
@@ -152,13 +167,13 @@ def lay_out(
     params_hash = reference.fingerprint(anchor) if cached else ""
     shards = sharding.batch_shards(mesh)
 
-    def one(data: tokenise.Tokenised, parts: int) -> evaluate.HeldOut:
+    def one(data: tokenise.Tokenised, parts: int) -> reference.LaidOut:
         plan = pack.plan(data, experiment.batch_size, parts, experiment.seed)
         model = found.initial.model
         table = (
             reference.load_table(model, anchor, params_hash, data, plan, mesh) if cached else None
         )
-        return evaluate.HeldOut(data, plan, table)
+        return reference.LaidOut(data, plan, table)
 
     train = one(found.train, shards * experiment.microbatches)
     held_out = None if found.held_out is None else one(found.held_out, shards)

@@ -17,18 +17,8 @@ from dpo_jax.data import pack, tokenise, tokenizer
 from dpo_jax.model import decoder
 
 
-class HeldOut(NamedTuple):
-    """Examples to evaluate on, their layout, and the reference's log-probabilities where they are
-    cached.
-    """
-
-    data: tokenise.Tokenised
-    plan: pack.Plan
-    table: reference.Table | None
-
-
 def preferences(
-    evaluate: Callable, params, anchor, held_out: HeldOut, mesh, numbers: dict
+    evaluate: Callable, params, anchor, held_out: reference.LaidOut, mesh, numbers: dict
 ) -> dict[str, float]:
     """Means over all held-out examples, each once: {metric: float}.
 

@@ -7,8 +7,10 @@ Dimensions: N examples of a batch or of the data.
 import hashlib
 import io
 import json
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax import logps, paths, sharding
@@ -19,6 +21,14 @@ from dpo_jax.model import decoder
 VERSION = 1
 
 Table = dict[str, np.ndarray]
+
+
+class LaidOut(NamedTuple):
+    """Examples, their layout, and the reference's log-probabilities where they are cached."""
+
+    data: tokenise.Tokenised
+    plan: pack.Plan
+    table: Table | None
 
 
 def live(score, params, batch: dict) -> dict[str, logps.Logps]:
@@ -51,13 +61,28 @@ def with_table(batch: dict, table: Table | None) -> dict:
 
 
 def fingerprint(params) -> str:
-    """Content hash of parameters: names, shapes and numbers."""
+    """Content hash of parameters: names, shapes, types, and two checksums of each array's bits.
+
+    The checksums are integers, summed where the arrays lie, so that no array moves and the hash is
+    the same on every mesh.
+    """
     content = hashlib.blake2b(digest_size=16)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        array = np.ascontiguousarray(jax.device_get(leaf))
-        content.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
-        content.update(array.view(np.uint8).data)
+        content.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
+        content.update(np.asarray(checksums(leaf)).tobytes())
     return content.hexdigest()
+
+
+@jax.jit
+def checksums(array: jax.Array) -> jax.Array:
+    """Sums modulo 2^32 of the bits, mixed with each number's place: uint32 [2]."""
+    bits = jax.lax.bitcast_convert_type(array.astype(jnp.float32), jnp.uint32)
+    place = jnp.zeros(array.shape, jnp.uint32)
+    for axis, size in enumerate(array.shape):
+        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+    odd = place * np.uint32(2654435769) * np.uint32(2) + np.uint32(1)
+    mixed = bits ^ (bits >> np.uint32(15)) ^ odd
+    return jnp.stack([jnp.sum(bits * odd), jnp.sum(mixed * mixed * odd)])
 
 
 def load_table(

@@ -6,6 +6,7 @@ import collections
 import concurrent.futures
 import contextlib
 import itertools
+import json
 import math
 import signal
 import threading
@@ -57,6 +58,7 @@ def train(experiment: config.Experiment, experiment_file: str | Path) -> None:
     # only now, so that a run whose input is refused leaves no folder behind
     if not paths.exists(paths.join(folder, "config.json")):
         flags.write_run(folder, experiment, experiment_file)
+    check_inputs(folder, run.identities)
     if not paths.exists(paths.join(folder, initial.MODEL)):
         run.tokenizer.save(paths.join(folder, initial.TOKENIZER))
         initial.write_shape(folder, run.model.config)
@@ -87,6 +89,26 @@ def find_folder(experiment: config.Experiment) -> str:
             "give another --workdir, or the same settings to go on with it"
         )
     return folder
+
+
+def check_inputs(folder: str, identities: dict[str, str]) -> None:
+    """Writes the content hashes of rows and weights, or finds those of the run's start equal.
+
+    ValueError names what has changed since.
+    """
+    path = paths.join(folder, "inputs.json")
+    if not paths.exists(path):
+        paths.write_text(path, json.dumps(identities, indent=1))
+        return
+    before = json.loads(paths.read_text(path))
+    changed = [
+        name for name in {**before, **identities} if before.get(name) != identities.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} was started with other {' and '.join(changed)}: their content has changed "
+            "since; put them back, or give another --workdir"
+        )
 
 
 def resume(checkpointer, state: train_step.TrainState) -> train_step.TrainState:

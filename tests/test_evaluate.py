@@ -36,7 +36,7 @@ def test_held_out_metrics_are_means_over_examples_whatever_the_batch(
     draw_examples, mesh, batch_size, parts
 ):
     data = draw_examples(23)
-    held_out = evaluate.HeldOut(data, pack.plan(data, batch_size, parts, seed=0), None)
+    held_out = reference.LaidOut(data, pack.plan(data, batch_size, parts, seed=0), None)
     run = jax.jit(functools.partial(train_step.evaluate, scoring(losses.dpo)))
     beta = {"beta": jnp.float32(0.5)}
     found = evaluate.preferences(run, jnp.float32(-3), jnp.float32(-2), held_out, mesh, beta)
@@ -52,7 +52,7 @@ def test_held_out_metrics_are_means_over_examples_whatever_the_batch(
 
 def test_a_metric_of_some_examples_is_the_mean_over_those(draw_examples, mesh):
     data = draw_examples(9, ("completion", "mismatched"))
-    held_out = evaluate.HeldOut(data, pack.plan(data, 4, 1, seed=0), None)
+    held_out = reference.LaidOut(data, pack.plan(data, 4, 1, seed=0), None)
     run = jax.jit(functools.partial(train_step.evaluate, scoring(losses.kto)))
     found = evaluate.preferences(run, jnp.float32(-3), jnp.float32(-2), held_out, mesh, {})
     lengths = data.completions[:, 0, 1] - data.completions[:, 0, 0]
@@ -64,7 +64,7 @@ def test_a_metric_of_some_examples_is_the_mean_over_those(draw_examples, mesh):
 def test_a_cached_reference_is_read_from_the_table(draw_examples, mesh):
     data = draw_examples(11)
     totals = {name: np.arange(11, dtype=np.float32) * -k for k, name in enumerate(data.names, 1)}
-    held_out = evaluate.HeldOut(data, pack.plan(data, 4, 1, seed=0), totals)
+    held_out = reference.LaidOut(data, pack.plan(data, 4, 1, seed=0), totals)
     given = train_step.Scoring(length_score, reference.cached, evaluate.pair_rewards)
     run = jax.jit(functools.partial(train_step.evaluate, given))
     found = evaluate.preferences(run, jnp.float32(-3), None, held_out, mesh, {})

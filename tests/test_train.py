@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,17 +89,43 @@ def run_killed(folder: Path, workdir: Path, step: int, sent: str, kind: str) -> 
     return subprocess.run(list(map(str, arguments)), env=environment, cwd=tiny.ROOT).returncode
 
 
-@pytest.mark.parametrize("kind", ["dpo", "kto"])
-def test_a_run_killed_in_the_middle_goes_on_bit_for_bit(kind: str, folder: Path, tmp_path: Path):
+# the newest checkpoint is of step 4; of none; of step 4
+@pytest.mark.parametrize(("kind", "step"), [("dpo", 5), ("dpo", 1), ("kto", 5)])
+def test_a_run_killed_in_the_middle_goes_on_bit_for_bit(
+    kind: str, step: int, folder: Path, tmp_path: Path
+):
     whole = tiny.experiment(folder, tmp_path / "whole", **KINDS[kind]())
     train.train(whole, tiny.FILE)
-    # step 5 is written, the newest checkpoint is of step 4
-    assert run_killed(folder, tmp_path / "killed", 5, "SIGKILL", kind) == -signal.SIGKILL
-    assert [line["step"] for line in lines(tmp_path / "killed")] == [0, 1, 2, 3, 4, 5]
+    assert run_killed(folder, tmp_path / "killed", step, "SIGKILL", kind) == -signal.SIGKILL
+    assert [line["step"] for line in lines(tmp_path / "killed")] == list(range(step + 1))
     train.train(tiny.experiment(folder, tmp_path / "killed", **KINDS[kind]()), tiny.FILE)
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
     resumed, uninterrupted = params_of(tmp_path / "killed"), params_of(tmp_path / "whole")
     jax.tree.map(np.testing.assert_array_equal, resumed, uninterrupted)
+
+
+@pytest.mark.parametrize("what", ["training rows", "initial policy"])
+def test_a_run_whose_inputs_have_changed_is_not_gone_on_with(
+    what: str, folder: Path, tmp_path: Path
+):
+    rows = (folder / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    start = tiny.experiment(folder, tmp_path / "start", steps=1, evaluate_every=None)
+    train.train(start, tiny.FILE)
+    run = tiny.experiment(
+        folder,
+        tmp_path / "run",
+        **{"data.source": str(tmp_path / "rows.jsonl"), "model.source": str(tmp_path / "start")},
+    )
+    train.train(run, tiny.FILE)
+    (tmp_path / "run" / "DONE").unlink()
+    if what == "training rows":
+        (tmp_path / "rows.jsonl").write_text("".join(rows[::-1]))
+    else:
+        shutil.rmtree(tmp_path / "start")
+        train.train(start.replace(seed=1), tiny.FILE)
+    with pytest.raises(ValueError, match=f"was started with other {what}"):
+        train.train(run, tiny.FILE)
 
 
 def test_sigterm_saves_the_step_that_it_meets_and_exits_143(folder: Path, tmp_path: Path):
@@ -121,6 +148,8 @@ def test_sigterm_saves_the_step_that_it_meets_and_exits_143(folder: Path, tmp_pa
         ({"data.examples": "sft"}, r"loss dpo reads the completion 'chosen'.*--data\.examples"),
         ({"samples.count": 2, "data.evaluation_source": None}, r"samples\.count.*held-out"),
         ({"optimizer.warmup_steps": 6}, r"warmup_steps is 6, and the run has 6 steps"),
+        ({"reference.cached": True, "reference.source": None}, r"reference\.cached is set"),
+        ({"profile.start": 6}, r"profile\.start is 6, and the run has 6 steps"),
         ({"optimizer.kind": "rmsprop", "optimizer.b1": 0.9}, r"optimizer\.b1.*rmsprop"),
     ],
 )
@@ -129,6 +158,14 @@ def test_bad_input_stops_before_a_folder_is_made(changes, message, folder: Path,
     with pytest.raises(ValueError, match=f"(?s){message}"):
         train.train(tiny.experiment(folder, tmp_path / "run", **filled), tiny.FILE)
     assert not (tmp_path / "run").exists()
+
+
+def test_best_checkpoints_by_a_metric_that_no_evaluation_has_are_refused(
+    folder: Path, tmp_path: Path
+):
+    changes = {"checkpoint.keep_best": 1, "checkpoint.metric": "eval/los"}
+    with pytest.raises(ValueError, match=r"checkpoint\.metric is 'eval/los'.*'eval/loss'"):
+        train.train(tiny.experiment(folder, tmp_path / "run", **changes), tiny.FILE)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(folder: Path, tmp_path: Path):
