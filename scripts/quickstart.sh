@@ -9,17 +9,17 @@ bash scripts/setup.sh
 python=.venv/bin/python
 
 runs=runs/quickstart
-pairs=(--task.prefixes 800 --task.held-out-prefixes 128 --task.completions 6)
+pairs=(--task.prefixes 700 --task.held-out-prefixes 100)
 
 echo "1/3 SFT: a small model learns to write film reviews"
 "$python" -m scripts.train experiments/sft.py --workdir "$runs/sft" \
     --task.model reviews-500k --task.reviews 8000 \
-    --steps 250 --optimizer.learning-rate 4e-3 --optimizer.warmup-steps 25
+    --steps 220 --optimizer.learning-rate 4e-3 --optimizer.warmup-steps 22
 for method in dpo ipo kto orpo; do
     echo "2/3 $method: learns from pairs of reviews which are better"
     "$python" -m scripts.train "experiments/$method.py" --workdir "$runs/$method" \
-        --model.source "$runs/sft" "${pairs[@]}" --steps 75 --evaluate-every 25 \
-        --optimizer.learning-rate 1e-3 --samples.count 128
+        --model.source "$runs/sft" "${pairs[@]}" --steps 60 --evaluate-every 20 \
+        --optimizer.learning-rate 1e-3 --samples.count 96
 done
 echo "3/3 report"
 "$python" -m scripts.report "$runs"
