@@ -19,7 +19,7 @@ for method in dpo ipo kto orpo; do
     echo "2/3 $method: learns from pairs of reviews which are better"
     "$python" -m scripts.train "experiments/$method.py" --workdir "$runs/$method" \
         --model.source "$runs/sft" "${pairs[@]}" --steps 60 --evaluate-every 20 \
-        --optimizer.learning-rate 1e-3 --samples.count 96
+        --optimizer.learning-rate 7e-4 --samples.count 96
 done
 echo "3/3 report"
 "$python" -m scripts.report "$runs"

@@ -70,6 +70,18 @@ PRESETS: dict[str, DecoderConfig] = {
         max_positions=1024,
         tied_head=True,
     ),
+    # To try a real tokenizer of 50 thousand tokens on a CPU: 3,301,632 parameters.
+    "tiny-50k": DecoderConfig(
+        vocabulary_size=50_304,
+        width=64,
+        layers=2,
+        heads=4,
+        key_value_heads=2,
+        head_dim=16,
+        hidden=128,
+        max_positions=2048,
+        tied_head=True,
+    ),
     # For the built-in task: 541,536, 1,082,496 and 5,082,368 parameters.
     "reviews-500k": DecoderConfig(
         vocabulary_size=1024,
