@@ -70,7 +70,7 @@ PRESETS: dict[str, DecoderConfig] = {
         max_positions=1024,
         tied_head=True,
     ),
-    # To try a real tokenizer of 50 thousand tokens on a CPU: 3,301,632 parameters.
+    # To try a real tokenizer of 50 thousand tokens on a CPU: 3,293,504 parameters.
     "tiny-50k": DecoderConfig(
         vocabulary_size=50_304,
         width=64,
