@@ -68,7 +68,9 @@ def run_table(found: Sequence[Run]) -> str:
         steps = str(runs.step_of(run)) + ("" if run.finished else f" of {run.fields['steps']}")
         numbers = [written(runs.final(run, name), DIGITS[name]) for name in names]
         rows.append([run.experiment, runs.overrides(run, found), steps, *numbers])
-    starts = [run.lines[0] for run in found if run.lines and run.lines[0]["step"] == 0]
+    firsts = [run.lines[0] for run in found if run.lines and run.lines[0]["step"] == 0]
+    # a run without a KL starts from random weights, and not where the others do
+    starts = [line for line in firsts if "samples/kl" in line]
     if any("samples/reward" in line for line in starts):
         row = ["before training", "", "0"]
         for name in names:  # a held-out loss means another thing for each run

@@ -131,6 +131,19 @@ def test_the_csv_has_the_fields_that_differ_and_every_final_metric(root):
     assert rows[3]["eval/rewards/accuracies"] == ""
 
 
+def test_an_sft_run_from_random_weights_is_not_where_the_others_start(root):
+    start, end = lines(1.0, 4.0)[0], {"step": 1, "loss": 1.0, "samples/reward": -1.0}
+    sft = [{**{k: v for k, v in start.items() if k != "samples/kl"}, "samples/reward": -7.0}, end]
+    make_run(root, "sft", sft, {"seed": 0})
+    found = runs.read(str(root))
+    rows = table_rows(report.run_table(found))
+    assert ["before training", "", "0", "", "", "0.500", "0.00"] in rows
+    axis = figures.frontier(found).axes[0]
+    star = axis.collections[-1]
+    np.testing.assert_allclose(star.get_offsets(), [[0.0, 0.5]])
+    assert len(axis.lines) == 4
+
+
 def test_write_leaves_table_csv_and_pictures_and_names_the_unfinished(root, tmp_path):
     written = report.write(str(root), str(tmp_path / "out"))
     names = ["report.csv", "curves.png", "frontier.png", "report.md"]
