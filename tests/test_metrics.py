@@ -1,5 +1,6 @@
 import math
 import sys
+from pathlib import Path
 
 import pytest
 from tensorboardX.event_file_writer import EventFileWriter
@@ -138,15 +139,22 @@ class Recorder:
         self.calls.append("finished")
 
 
-def test_wandb_goes_on_with_the_run_of_the_folders_name(tmp_path, monkeypatch):
+def start_of_wandb(folder: Path, monkeypatch) -> list:
     recorder = Recorder()
     monkeypatch.setitem(sys.modules, "wandb", recorder)
-    folder = tmp_path / "beta=0.1"
-    folder.mkdir()
+    folder.mkdir(parents=True, exist_ok=True)
     log = config.Log(tensorboard=False, progress=False, wandb_project="dpo")
     with metrics.Writer(f"{folder}/", log, 10, 0, {"seed": 1}) as writer:
         writer.write(4, {"loss": 0.5})
-    started, *rest = recorder.calls
-    assert (started["project"], started["id"], started["resume"]) == ("dpo", "beta=0.1", "allow")
+    return recorder.calls
+
+
+def test_wandb_goes_on_with_the_run_of_the_folder(tmp_path, monkeypatch):
+    started, *rest = start_of_wandb(tmp_path / "dpo" / "beta=0.1", monkeypatch)
+    again, *_ = start_of_wandb(tmp_path / "dpo" / "beta=0.1", monkeypatch)
+    other, *_ = start_of_wandb(tmp_path / "kto" / "beta=0.1", monkeypatch)
+    assert (started["project"], started["name"]) == ("dpo", "dpo/beta=0.1")
+    assert started["id"] == again["id"] != other["id"]
+    assert started["resume"] == "allow"
     assert started["config"] == {"seed": 1}
     assert rest == [(4, {"loss": 0.5}), "finished"]

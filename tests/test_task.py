@@ -53,9 +53,9 @@ def test_held_out_rows_and_a_tokenizer_of_ones_own_stay():
     ("name", "source", "wrong"),
     [
         ("sft", "builtin", {"prefixes": 3}),
-        ("dpo", "runs/sft", {"model": "reviews-1m"}),
+        ("dpo", "runs/sft", {"model": "reviews-500k"}),
         ("dpo", "runs/sft", {"reviews": 3}),
-        ("sft", "tiny", {"model": "reviews-1m"}),
+        ("sft", "tiny", {"model": "reviews-500k"}),
     ],
 )
 def test_a_number_of_the_task_that_nothing_reads_is_refused(name, source, wrong):

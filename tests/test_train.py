@@ -104,6 +104,33 @@ def test_a_run_killed_in_the_middle_goes_on_bit_for_bit(
     jax.tree.map(np.testing.assert_array_equal, resumed, uninterrupted)
 
 
+ONE_DEVICE = """
+import sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+from dpo_jax import train
+from tests import tiny
+from pathlib import Path
+run = tiny.experiment(Path(sys.argv[1]), Path(sys.argv[2]), **{"mesh.fsdp": 1})
+train.train(run, tiny.FILE)
+"""
+
+
+def test_one_device_and_eight_give_the_same_losses(folder: Path, tmp_path: Path):
+    arguments = [sys.executable, "-c", ONE_DEVICE, str(folder), str(tmp_path / "one")]
+    environment = {**os.environ, "PYTHONPATH": str(tiny.ROOT)}
+    subprocess.run(arguments, env=environment, cwd=tiny.ROOT, check=True)
+    changes = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
+    train.train(tiny.experiment(folder, tmp_path / "eight", **changes), tiny.FILE)
+    one, eight = lines(tmp_path / "one"), lines(tmp_path / "eight")
+    assert len(one) == len(eight) == 7
+    for a, b in zip(one, eight, strict=True):
+        names = [name for name in a if not name.startswith("fill/")]
+        np.testing.assert_allclose(
+            [a[name] for name in names], [b[name] for name in names], rtol=1e-4, atol=1e-5
+        )
+
+
 @pytest.mark.parametrize("what", ["training rows", "initial policy"])
 def test_a_run_whose_inputs_have_changed_is_not_gone_on_with(
     what: str, folder: Path, tmp_path: Path
