@@ -16,6 +16,9 @@ def experiment() -> config.Experiment:
     base = dpo.experiment()
     return base.replace(
         loss=config.Loss(losses.kto, beta=0.1),
+        # as many pairs as the other methods see, at two examples a pair
+        steps=2 * base.steps,
+        evaluate_every=100,
         data=dataclasses.replace(base.data, examples="unpaired"),
     )
 

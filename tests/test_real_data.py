@@ -25,6 +25,7 @@ def test_200_steps_on_hh_lower_the_loss_of_training_rows_from_ln_2(shared: Path,
             *("--data.source", str(shared / "data" / "hh_harmless_train.jsonl.gz")),
             *("--data.evaluation-source", str(shared / "data" / "hh_harmless_test.jsonl.gz")),
             *("--data.tokenizer", str(shared / "tokenizers" / "neox-20b")),
+            *("--data.max-length", "256", "--data.max-prompt-length", "128", "--batch-size", "8"),
         ],
         tmp_path,
     )
