@@ -1,7 +1,8 @@
 """IPO on the built-in task (https://arxiv.org/abs/2310.12036), in its token-mean reading.
 
 python -m scripts.train experiments/ipo.py --workdir runs/ipo
-Hardware: two CPU cores. Hours, reward and KL: not measured yet.
+Hardware: two CPU cores, 4 minutes after SFT and sampling, which take 10 once.
+Expected: reward 0.40 at a KL of 12 nats, accuracy 0.92 (README).
 """
 
 from dpo_jax import config, losses

@@ -1,7 +1,8 @@
 """ORPO on the built-in task (https://arxiv.org/abs/2403.07691), which has no reference model.
 
 python -m scripts.train experiments/orpo.py --workdir runs/orpo
-Hardware: two CPU cores. Hours, reward and KL: not measured yet.
+Hardware: two CPU cores, 4 minutes after SFT and sampling, which take 10 once.
+Expected: reward 0.43 at a KL of 1 nat, accuracy 0.58 (README).
 """
 
 from dpo_jax import config, losses

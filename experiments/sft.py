@@ -4,7 +4,7 @@ The SFT stage of https://arxiv.org/abs/2305.18290, section 6. Where another expe
 model.source builtin, this run is made once and kept in the cache.
 
 python -m scripts.train experiments/sft.py --workdir runs/sft
-Hardware: two CPU cores, about 10 minutes. Expected: held-out loss 1.3 nats a token.
+Hardware: two CPU cores, 3 minutes. Expected: held-out loss 1.35 nats a token.
 """
 
 from dpo_jax import config, losses
