@@ -98,7 +98,8 @@ def sft(tmp_path_factory: pytest.TempPathFactory) -> str:
 def from_sft(name: str, sft: str, workdir: Path) -> config.Experiment:
     samples = config.Samples(count=8, max_tokens=40, reward=builtin.reward)
     changes = {"steps": 2, "batch_size": 8, "evaluate_every": None, "samples": samples}
-    return experiment(name, **changes, workdir=str(workdir), model=config.Model(source=sft))
+    run = experiment(name, **changes, workdir=str(workdir), model=config.Model(source=sft))
+    return config.override(run, {"optimizer.warmup_steps": 1})
 
 
 @pytest.mark.slow
