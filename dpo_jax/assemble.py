@@ -70,10 +70,10 @@ def assemble(
     tx = optimizer.make(experiment.optimizer)
     schedule = optimizer.make_schedule(experiment.optimizer, experiment.steps)
     anchor = load_reference(experiment, found, mesh)
-    train, held_out, held_out_pairs = lay_out(experiment, found, mesh, anchor)
+    identities = identify(found, anchor)
+    train, held_out, held_out_pairs = lay_out(experiment, found, mesh, anchor, identities)
     scoring = make_scoring(experiment, score)
     sampler = make_sampler(experiment, found, mesh, score)
-    identities = identify(found, anchor)
     compared = None
     if sampler is not None and not has_live_reference(experiment):
         random = experiment.model.source in model_config.PRESETS and anchor is None
@@ -116,7 +116,9 @@ def identify(found: inputs.Inputs, anchor) -> dict[str, str]:
     if found.held_out is not None:
         hashes["held-out rows"] = found.held_out.fingerprint
     hashes["initial policy"] = reference.fingerprint(found.initial.params)
-    if anchor is not None:
+    if anchor is found.initial.params:
+        hashes["reference"] = hashes["initial policy"]
+    elif anchor is not None:
         hashes["reference"] = reference.fingerprint(anchor)
     return hashes
 
@@ -158,13 +160,17 @@ def is_initial(experiment: config.Experiment) -> bool:
 
 
 def lay_out(
-    experiment: config.Experiment, found: inputs.Inputs, mesh, anchor
+    experiment: config.Experiment,
+    found: inputs.Inputs,
+    mesh,
+    anchor,
+    identities: dict[str, str],
 ) -> tuple[reference.LaidOut, reference.LaidOut | None, reference.LaidOut | None]:
     """Training, held-out and held-out pairs' data, each with its plan and, where it is cached, its
     reference.
     """
     cached = experiment.reference.cached and anchor is not None
-    params_hash = reference.fingerprint(anchor) if cached else ""
+    params_hash = identities["reference"] if cached else ""
     shards = sharding.batch_shards(mesh)
 
     def one(data: tokenise.Tokenised, parts: int) -> reference.LaidOut:
