@@ -158,3 +158,11 @@ def test_wandb_goes_on_with_the_run_of_the_folder(tmp_path, monkeypatch):
     assert started["resume"] == "allow"
     assert started["config"] == {"seed": 1}
     assert rest == [(4, {"loss": 0.5}), "finished"]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_once_its_line_is_written(tmp_path):
+    log = config.Log(tensorboard=False, progress=False)
+    with pytest.raises(FloatingPointError, match="grad_norm is inf at step 3"):
+        with metrics.Writer(str(tmp_path), log, 10, 0, {}) as writer:
+            writer.write(3, {"loss": 0.5, "grad_norm": float("inf")})
+    assert metrics.read(str(tmp_path))[-1]["step"] == 3
