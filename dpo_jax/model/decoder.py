@@ -71,20 +71,19 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, hidden, rotation, query_ids, key_ids, cache, at):
-        """hidden: [B, L, D]; cache: key and value [B, T, K, Dh] of this layer, or None."""
+        """hidden: [B, L, D]; cache: key and value [layers, B, T, K, Dh], or None; at: layer and
+        slot, int32 scalars.
+        """
         config = self.config
         query = dense(self, "query", (config.heads, config.head_dim))(hidden)  # [B, L, H, Dh]
         key = dense(self, "key", (config.key_value_heads, config.head_dim))(hidden)
         value = dense(self, "value", (config.key_value_heads, config.head_dim))(hidden)
         query, key = rotate(query, rotation), rotate(key, rotation)
         if cache is not None:
-            key = jax.lax.dynamic_update_slice_in_dim(
-                cache[0], key.astype(cache[0].dtype), at, axis=1
+            cache = tuple(write(old, new, *at) for old, new in zip(cache, (key, value), strict=True))
+            key, value = (
+                jax.lax.dynamic_index_in_dim(whole, at[0], keepdims=False) for whole in cache
             )
-            value = jax.lax.dynamic_update_slice_in_dim(
-                cache[1], value.astype(cache[1].dtype), at, axis=1
-            )
-            cache = key, value
         mixed = attention.attend(
             query,
             key.astype(self.dtype),
@@ -119,16 +118,19 @@ class Layer(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, hidden, rotation, query_ids, key_ids, cache, at):
-        """hidden: [B, L, D]; returns it and the layer's cache, as `nn.scan` expects."""
+    def __call__(self, carry, layer, rotation, query_ids, key_ids, at):
+        """carry: hidden [B, L, D] and the cache of all layers; returns it and None, as `nn.scan`
+        expects. A carry, and no input and output of each layer, is written in place.
+        """
+        hidden, cache = carry
         epsilon = self.config.norm_epsilon
         normed = Norm(epsilon, self.dtype, name="attention_norm")(hidden)
         mixed, cache = Attention(self.config, self.dtype, name="attention")(
-            normed, rotation, query_ids, key_ids, cache, at
+            normed, rotation, query_ids, key_ids, cache, (layer, at)
         )
         hidden = hidden + mixed
         normed = Norm(epsilon, self.dtype, name="mlp_norm")(hidden)
-        return hidden + Mlp(self.config, self.dtype, name="mlp")(normed), cache
+        return (hidden + Mlp(self.config, self.dtype, name="mlp")(normed), cache), None
 
 
 class Decoder(nn.Module):
@@ -172,8 +174,9 @@ class Decoder(nn.Module):
                 )
             )
             layer_cache = cache.key, cache.value
-        hidden, layer_cache = scan_layers(self)(
-            hidden, rope(jnp.asarray(ids.position), config), ids, key_ids, layer_cache, at
+        rotation = rope(jnp.asarray(ids.position), config)
+        (hidden, layer_cache), _ = scan_layers(self)(
+            (hidden, layer_cache), jnp.arange(config.layers), rotation, ids, key_ids, at
         )
         hidden = Norm(config.norm_epsilon, self.dtype, name="norm")(hidden)
         if layer_cache is None:
@@ -190,7 +193,7 @@ def scan_layers(decoder: Decoder) -> nn.Module:
         # A scan's forward and backward bodies are apart, so that XLA cannot undo the recomputation.
         layer = nn.remat(layer, policy=REMAT_POLICIES[decoder.remat], prevent_cse=False)
     everywhere = nn.broadcast
-    in_axes: Any = (everywhere, everywhere, everywhere, 0, everywhere)
+    in_axes: Any = (0, everywhere, everywhere, everywhere, everywhere)
     layers = nn.scan(
         layer,
         variable_axes={"params": 0},
@@ -200,6 +203,11 @@ def scan_layers(decoder: Decoder) -> nn.Module:
         length=decoder.config.layers,
     )
     return layers(decoder.config, decoder.dtype, name="layers")
+
+
+def write(cache: jax.Array, new: jax.Array, layer: jax.Array, at: jax.Array) -> jax.Array:
+    """The cache [layers, B, T, K, Dh] with new [B, L, K, Dh] in a layer's slots from `at` on."""
+    return jax.lax.dynamic_update_slice(cache, new[None].astype(cache.dtype), (layer, 0, at, 0, 0))
 
 
 def dense(module: Attention | Mlp, name: str, features: int | tuple[int, ...], *, inputs: int = 1):
