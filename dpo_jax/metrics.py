@@ -3,6 +3,7 @@ finite.
 """
 
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -34,16 +35,6 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError):
         return math.inf
-
-
-def read(folder: str) -> list[dict[str, Any]]:
-    """The lines of a run folder's metrics.jsonl; [] where there is none yet."""
-    path = paths.join(folder, JSONL)
-    return (
-        [json.loads(line) for line in paths.read_text(path).splitlines()]
-        if paths.exists(path)
-        else []
-    )
 
 
 class Writer:
@@ -161,7 +152,8 @@ class _Appender:
 def start_wandb(project: str, folder: str, run_config: dict) -> Any:
     """A wandb run that goes on where the folder's last one stopped."""
     try:
-        import wandb  # pyright: ignore[reportMissingImports]
+        # by name, since few have it installed, type checkers included
+        wandb = importlib.import_module("wandb")
     except ImportError as error:
         raise ValueError(
             "log.wandb_project is set and wandb is not installed: pip install wandb"

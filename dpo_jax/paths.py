@@ -6,7 +6,6 @@ installed, and the usual OSError (FileNotFoundError, ...) where the file system 
 
 import contextlib
 import os
-import shutil
 import uuid
 from typing import IO, Any
 
@@ -101,19 +100,6 @@ def make_folder(path: str) -> None:
     """Makes a folder and those above it; one that is there is left as it is."""
     system, name = locate(path)
     system.makedirs(name, exist_ok=True)
-
-
-def remove(path: str) -> None:
-    """Removes a file, or a folder with all that is in it; nothing happens where there is none."""
-    system, name = locate(path)
-    if isinstance(system, LocalFileSystem):
-        if os.path.isdir(name) and not os.path.islink(name):
-            shutil.rmtree(name)
-        else:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(name)
-    elif system.exists(name):
-        system.rm(name, recursive=True)
 
 
 def locate(path: str) -> tuple[fsspec.AbstractFileSystem, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_jax import config, flags, metrics, train
+from dpo_jax import config, flags, train
 from tests import tiny
 
 FILES = sorted(file for file in (tiny.ROOT / "experiments").glob("[a-z]*.py"))
@@ -53,7 +53,7 @@ def test_the_readmes_new_loss_runs_untouched_from_a_folder_of_its_own(folder: Pa
     base = tiny.experiment(folder, tmp_path / "run", steps=2, evaluate_every=None)
     train.train(base.replace(loss=experiment.loss), file)
     # policy equals reference: relu(1 - 0)
-    assert metrics.read(str(tmp_path / "run"))[1]["loss"] == pytest.approx(1.0)
+    assert tiny.metrics(tmp_path / "run")[1]["loss"] == pytest.approx(1.0)
     loaded = flags.load_run(str(tmp_path / "run"))
     assert loaded.loss.function.__name__ == "hinge"
     record = json.loads((tmp_path / "run" / "config.json").read_text())

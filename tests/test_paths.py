@@ -45,16 +45,6 @@ def test_a_listing_is_sorted_and_its_paths_can_be_read(folder):
     assert [paths.read_text(path) for path in found] == ["a.txt", "b.txt"]
 
 
-def test_remove_takes_files_and_folders_and_nothing_where_there_is_none(folder):
-    paths.write_text(paths.join(folder, "a", "b"), "x")
-    paths.write_text(paths.join(folder, "c"), "x")
-    paths.remove(paths.join(folder, "a"))
-    paths.remove(paths.join(folder, "c"))
-    paths.remove(paths.join(folder, "absent"))
-    assert not paths.exists(paths.join(folder, "a"))
-    assert not paths.exists(paths.join(folder, "c"))
-
-
 def test_a_write_that_fails_leaves_the_old_content_and_no_other_file(tmp_path, monkeypatch):
     path = str(tmp_path / "file")
     paths.write_text(path, "old")

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpo_jax import flags, metrics, task
+from dpo_jax import flags, task
 from tests import tiny
 
 FILE = tiny.ROOT / "experiments" / "hh.py"
@@ -15,7 +15,7 @@ QUIET = ["--log.no-progress", "--log.no-tensorboard", "--mesh.fsdp", "8"]
 def run(arguments: list[str], workdir: Path) -> list[dict]:
     experiment = flags.parse(flags.load(FILE), [*arguments, *QUIET], "train")
     task.run(experiment.replace(workdir=str(workdir)), FILE)
-    return metrics.read(str(workdir))
+    return tiny.metrics(workdir)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_jax import config, flags, metrics, task
+from dpo_jax import config, flags, task
 from dpo_jax.data import builtin
 from tests import tiny
 
@@ -104,7 +104,7 @@ def from_sft(name: str, sft: str, workdir: Path) -> config.Experiment:
 
 @pytest.mark.slow
 def test_sft_samples_have_a_reward_and_no_kl_to_random_weights(sft: str):
-    last = metrics.read(sft)[-1]
+    last = tiny.metrics(sft)[-1]
     assert "samples/reward" in last and "samples/kl" not in last
 
 
@@ -133,6 +133,6 @@ def test_pairs_are_sampled_from_the_model_once_with_its_tokenizer_and_ranked(
 @pytest.mark.parametrize("name", ["dpo", "ipo", "kto", "orpo"])
 def test_each_method_trains_on_the_task_and_samples(name: str, sft: str, tmp_path: Path):
     task.run(from_sft(name, sft, tmp_path), tiny.ROOT / "experiments" / f"{name}.py")
-    last = metrics.read(str(tmp_path))[-1]
+    last = tiny.metrics(tmp_path)[-1]
     assert {"eval/loss", "eval/rewards/accuracies", "samples/reward", "samples/kl"} <= set(last)
     assert 0 <= last["eval/rewards/accuracies"] <= 1

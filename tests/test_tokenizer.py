@@ -38,6 +38,11 @@ def make(*, adds_bos=False, **options):
     return Tokenizer(wrap(bytes_backend(adds_bos=adds_bos), eos_token="</s>"), **options)
 
 
+def encode_completion(words: Tokenizer, text: str) -> list[int]:
+    """A completion's ids, as data.encode puts them together."""
+    return words.finish(words.encode(words.trim(text)))
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A folder with nothing but tokenizer.json, so that EOS is unknown."""
@@ -100,7 +105,7 @@ def test_a_token_that_the_tokenizer_adds_at_the_end_only_is_no_bos():
     )
     words = Tokenizer(wrap(backend, eos_token="</s>"))
     assert words.bos_id is None
-    assert words.encode_completion("a") == [*words.encode("a"), 257]
+    assert encode_completion(words, "a") == [*words.encode("a"), 257]
 
 
 @pytest.mark.parametrize("text", ["a", "<s>a", "<s><s>a"])
@@ -117,21 +122,21 @@ def test_an_empty_prompt_is_bos_alone():
 @pytest.mark.parametrize("text", ["a", "a</s>", "a</s></s>", "a</s>\n", "<s>a"])
 def test_a_completion_has_no_bos_and_ends_with_eos_exactly_once(text):
     words = make(adds_bos=True)
-    assert words.encode_completion(text) == [*words.encode("a"), 257]
+    assert encode_completion(words, text) == [*words.encode("a"), 257]
 
 
 def test_eos_is_kept_where_pad_and_bos_are_the_same_token():
     fast = wrap(bytes_backend(), eos_token="</s>", pad_token="</s>")
     words = Tokenizer(fast, bos_token="</s>")
     assert words.pad_id == words.eos_id == words.bos_id
-    assert words.encode_completion("a") == [*words.encode("a"), words.eos_id]
+    assert encode_completion(words, "a") == [*words.encode("a"), words.eos_id]
     assert words.encode_prompt("a") == [words.eos_id, *words.encode("a")]
 
 
 def test_blanks_before_eos_are_kept_and_without_eos_too():
     words = make()
-    assert words.encode_completion("a \n") == [*words.encode("a \n"), words.eos_id]
-    assert words.encode_completion("a </s>\n") == [*words.encode("a "), words.eos_id]
+    assert encode_completion(words, "a \n") == [*words.encode("a \n"), words.eos_id]
+    assert encode_completion(words, "a </s>\n") == [*words.encode("a "), words.eos_id]
 
 
 def test_a_folder_with_tokenizer_json_alone_needs_eos_token_to_be_named(folder):

@@ -12,14 +12,14 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import checkpoint, config, flags, initial, losses, metrics, sharding, train
+from dpo_jax import checkpoint, config, flags, initial, losses, sharding, train
 from dpo_jax.data import builtin
 from tests import tiny
 
 
 def lines(workdir: Path) -> list[dict]:
     """The lines of metrics.jsonl without what depends on the clock."""
-    found = metrics.read(str(workdir))
+    found = tiny.metrics(workdir)
     return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in found]
 
 

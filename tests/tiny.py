@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dpo_jax import config, losses
+from dpo_jax import config, losses, paths, runs
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "experiments" / "dpo.py"
@@ -30,3 +30,8 @@ def experiment(folder: Path, workdir: Path, **changes) -> config.Experiment:
     )
     loss = changes.pop("loss", base.loss)
     return config.override(base.replace(loss=loss), changes)
+
+
+def metrics(workdir: Path | str) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return runs.read_lines(paths.join(str(workdir), "metrics.jsonl"))

@@ -150,10 +150,6 @@ class Tokenizer:
         text = prompt if isinstance(prompt, str) else self.apply_chat_template(prompt)
         return self.begin(self.encode(text))
 
-    def encode_completion(self, completion: str) -> list[int]:
-        """Token ids of a completion's text with EOS once at the end."""
-        return self.finish(self.encode(self.trim(completion)))
-
     def trim(self, completion: str) -> str:
         """A completion without the blanks that follow its EOS, which many chat templates write."""
         text = completion.rstrip()
