@@ -2,12 +2,14 @@
 against each other.
 """
 
+import json
 import os
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 
-from dpo_jax import config, contract, initial, paths, sharding
+from dpo_jax import config, contract, initial, paths, reference, sharding
 from dpo_jax.data import tokenise, tokenizer
 
 
@@ -34,10 +36,8 @@ def load(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Inputs:
     if words.vocabulary_size > vocabulary:
         raise ValueError(
             f"the tokenizer {experiment.data.tokenizer or start.tokenizer} has "
-            f"{words.vocabulary_size} tokens and the "
-            f"model {experiment.model.source} a vocabulary of {vocabulary}: give --data.tokenizer "
-            "or --model.source "
-            "so that they fit"
+            f"{words.vocabulary_size} tokens and the model {experiment.model.source} a vocabulary "
+            f"of {vocabulary}: give --data.tokenizer or --model.source so that they fit"
         )
     train, held_out = tokenise.load(experiment.data, words, experiment.data.examples)
     check_lengths(train, start.model.config.max_positions, experiment)
@@ -55,8 +55,7 @@ def load(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Inputs:
     if experiment.samples.count and held_out is None:
         raise ValueError(
             f"samples.count is {experiment.samples.count}, and there are no held-out prompts to "
-            "sample from: give "
-            "--data.evaluation-source or --data.held-out"
+            "sample from: give --data.evaluation-source or --data.held-out"
         )
     return Inputs(start, words, train, held_out, pairs)
 
@@ -81,9 +80,19 @@ def check_lengths(data: tokenise.Tokenised, positions: int, experiment: config.E
     if longest > positions:
         raise ValueError(
             f"an example has {longest} tokens and the model {experiment.model.source} {positions} "
-            "positions: lower "
-            f"--data.max-length, now {experiment.data.max_length}"
+            f"positions: lower --data.max-length, now {experiment.data.max_length}"
         )
+
+
+def write_reports(folder: str, sides: Mapping[str, reference.LaidOut | None]) -> None:
+    """Writes data.json: rows, examples, and what was dropped and cut for which reason, by side.
+
+    A file that is there is kept: it is of the run's start, and a resumed run reads equal rows.
+    """
+    path = paths.join(folder, "data.json")
+    if not paths.exists(path):
+        reports = {name: side.data.report for name, side in sides.items() if side is not None}
+        paths.write_text(path, json.dumps(reports, indent=1))
 
 
 def enable_compile_cache(folder: str) -> None:

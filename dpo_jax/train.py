@@ -59,6 +59,7 @@ def train(experiment: config.Experiment, experiment_file: str | Path) -> None:
     if not paths.exists(paths.join(folder, "config.json")):
         flags.write_run(folder, experiment, experiment_file)
     check_inputs(folder, run.identities)
+    inputs.write_reports(folder, {"train": run.train, "held_out": run.held_out})
     if not paths.exists(paths.join(folder, initial.MODEL)):
         run.tokenizer.save(paths.join(folder, initial.TOKENIZER))
         initial.write_shape(folder, run.model.config)

@@ -155,6 +155,32 @@ def test_a_run_whose_inputs_have_changed_is_not_gone_on_with(
         train.train(run, tiny.FILE)
 
 
+def test_a_runs_folder_says_what_was_dropped_and_cut_of_each_side(folder: Path, tmp_path: Path):
+    for name, bad in {"train": 3, "held_out": 1}.items():
+        rows = (folder / f"{name}.jsonl").read_text() + '{"prompt": "no completions"}\n' * bad
+        long = {"prompt": "the plot", "chosen": " is slow" * 200, "rejected": " is odd"}
+        (tmp_path / f"{name}.jsonl").write_text(rows + json.dumps(long) + "\n")
+    changes = {
+        "data.source": str(tmp_path / "train.jsonl"),
+        "data.evaluation_source": str(tmp_path / "held_out.jsonl"),
+        "data.bad_rows": "drop",
+    }
+    run = tiny.experiment(folder, tmp_path / "run", steps=1, evaluate_every=None, **changes)
+    train.train(run, tiny.FILE)
+    file = tmp_path / "run" / "data.json"
+    cut = {"cut prompts": 0, "cut completions": 1}
+    expected = {
+        "train": {"rows": 54, "examples": 51, "dropped missing field": 3, **cut},
+        "held_out": {"rows": 12, "examples": 11, "dropped missing field": 1, **cut},
+    }
+    assert json.loads(file.read_text()) == expected
+    # a run that was started before there was this file goes on and gets it
+    file.unlink()
+    (tmp_path / "run" / "DONE").unlink()
+    train.train(run, tiny.FILE)
+    assert json.loads(file.read_text()) == expected
+
+
 def test_sigterm_saves_the_step_that_it_meets_and_exits_143(folder: Path, tmp_path: Path):
     assert run_killed(folder, tmp_path / "run", 1, "SIGTERM", "dpo") == 143
     steps = [line["step"] for line in lines(tmp_path / "run")]
