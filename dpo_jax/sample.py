@@ -23,11 +23,9 @@ class Options(NamedTuple):
 
 
 def sample(source: str, prompt: str, options: Options) -> list[str]:
-    """Continuations of a prompt, without it, by the newest weights of a run folder (or an HF folder
-    or preset).
+    """Continuations of a prompt, without it, by a run folder's newest weights (or an HF folder's).
 
-    ValueError for a folder
-    without weights, and numbers out of range.
+    ValueError for a folder without weights, and numbers out of range.
     """
     if options.count < 1:
         raise ValueError(f"count is {options.count}; it must be at least 1")

@@ -37,8 +37,8 @@ def make_mesh(axes: config.Mesh, devices: Sequence[Any]) -> Mesh:
     if math.prod(shape) != len(devices):
         raise ValueError(
             f"mesh.data {axes.data} x mesh.fsdp {fsdp} x mesh.tensor {axes.tensor} = "
-            f"{math.prod(shape)} devices, and "
-            f"there are {len(devices)}: change --mesh.data, --mesh.fsdp or --mesh.tensor"
+            f"{math.prod(shape)} devices, and there are {len(devices)}: change --mesh.data, "
+            "--mesh.fsdp or --mesh.tensor"
         )
     return jax.make_mesh(
         shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices
@@ -58,9 +58,8 @@ def check_batch_size(batch_size: int, microbatches: int, mesh: Mesh) -> None:
         lower = batch_size // parts * parts
         raise ValueError(
             f"batch_size {batch_size} does not divide over {shards} batch shards (data x fsdp) x "
-            f"{microbatches} "
-            f"microbatches = {parts} parts: take {f'{lower} or ' if lower else ''}{lower + parts}, "
-            "or more tensor shards"
+            f"{microbatches} microbatches = {parts} parts: take "
+            f"{f'{lower} or ' if lower else ''}{lower + parts}, or more tensor shards"
         )
 
 

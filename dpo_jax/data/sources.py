@@ -56,8 +56,7 @@ def read(source: str, split: str) -> Rows:
     if source == "builtin":
         raise ValueError(
             "data.source 'builtin' is prepared as files before data are read, and here it is "
-            "read as a "
-            "file; scripts.train prepares it, otherwise name one of these: " + KINDS
+            "read as a file; scripts.train prepares it, otherwise name one of these: " + KINDS
         )
     if source.startswith("hf:"):
         rows = read_hub(source, split)
