@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -11,8 +10,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.data import builtin, tokenise
-from dpo_jax.model import decoder
-from dpo_jax.model.config import DecoderConfig
+from tests import tiny
 
 # JAX_PLATFORMS=cuda (or tpu) with -m gpu (or tpu) runs the tests that need such a device
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
@@ -77,22 +75,8 @@ def draw_examples() -> Callable[..., tokenise.Tokenised]:
 
 @pytest.fixture(scope="session")
 def draw_params() -> Callable[..., dict]:
-    """A function that draws a decoder's parameters (config, seed), float32 on the host.
-
-    Large enough that tokens are far from equally likely and that every part matters.
-    """
-
-    def draw(config: DecoderConfig, seed: int = 0) -> dict:
-        generator = np.random.default_rng(seed)
-        shapes = jax.eval_shape(partial(decoder.init, config), jax.random.key(0))
-
-        def one(path, leaf) -> np.ndarray:
-            drawn = generator.normal(size=leaf.shape, scale=0.1)
-            return np.asarray(drawn + ("scale" in jax.tree_util.keystr(path)), np.float32)
-
-        return jax.tree_util.tree_map_with_path(one, shapes)
-
-    return draw
+    """A function that draws a decoder's parameters (config, seed), float32 on the host."""
+    return tiny.draw_params
 
 
 @pytest.fixture(scope="session")

@@ -12,17 +12,9 @@ from dpo_jax.model import config as model_config
 from dpo_jax.model import decoder
 from dpo_jax.model.attention import Ids
 from dpo_jax.model.config import PRESETS, DecoderConfig, RopeScaling
+from tests import tiny
 
-SMALL = DecoderConfig(
-    vocabulary_size=40,
-    width=24,
-    layers=2,
-    heads=4,
-    key_value_heads=2,
-    head_dim=6,
-    hidden=32,
-    max_positions=64,
-)
+SMALL = tiny.DECODER
 SCALING = RopeScaling(
     factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_max_positions=16
 )
@@ -33,15 +25,7 @@ VARIANTS = {
     "llama3 rope": dataclasses.replace(SMALL, rope_scaling=SCALING),
 }
 
-
-def draw_params(config: DecoderConfig) -> dict:
-    """Parameters large enough that every part of the decoder matters."""
-    shapes = jax.eval_shape(functools.partial(decoder.init, config), jax.random.key(0))
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: (0.3 * rng.normal(size=leaf.shape) + (leaf.ndim < 3)).astype(np.float32),
-        shapes,
-    )
+draw_params = functools.partial(tiny.draw_params, scale=0.3)
 
 
 def draw_tokens(shape: tuple[int, int], seed: int = 2) -> np.ndarray:

@@ -9,30 +9,13 @@ import pytest
 from dpo_jax import config, generate, sharding
 from dpo_jax.model import decoder
 from dpo_jax.model.attention import Ids
-from dpo_jax.model.config import DecoderConfig
+from tests import tiny
 
-SMALL = DecoderConfig(
-    vocabulary_size=32,
-    width=24,
-    layers=2,
-    heads=4,
-    key_value_heads=2,
-    head_dim=6,
-    hidden=32,
-    max_positions=64,
-    tied_head=True,
-)
+SMALL = dataclasses.replace(tiny.DECODER, tied_head=True)
 PROMPTS = [[3, 1, 4], [1], [5, 9, 2, 6, 5, 3, 5], [8, 9], [7, 9, 3, 2, 3]]
 NO_EOS = SMALL.vocabulary_size
 
-
-def draw_params(config: DecoderConfig) -> dict:
-    shapes = jax.eval_shape(functools.partial(decoder.init, config), jax.random.key(0))
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: (0.3 * rng.normal(size=leaf.shape) + (leaf.ndim < 3)).astype(np.float32),
-        shapes,
-    )
+draw_params = functools.partial(tiny.draw_params, scale=0.3)
 
 
 def complete(prompts, key=0, *, model=SMALL, select=generate.greedy, **options):
@@ -222,8 +205,8 @@ def test_what_cannot_be_sampled_is_an_error():
         complete([[1], []])
     with pytest.raises(ValueError, match="prompt 0 has 57 tokens.*64 positions continues 1 to 56"):
         complete([[1] * 57])
-    with pytest.raises(ValueError, match="prompt 0 has token ids 1 to 32.*0 to 31"):
-        complete([[1, 32]])
+    with pytest.raises(ValueError, match="prompt 0 has token ids 1 to 40.*0 to 39"):
+        complete([[1, 40]])
     with pytest.raises(ValueError, match="temperature is 0"):
         complete([[1]], temperature=0)
     with pytest.raises(ValueError, match="max_tokens is 0"):

@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -15,24 +14,10 @@ from dpo_jax.model import config as model_config
 from dpo_jax.model import decoder, weights
 from dpo_jax.model.attention import Ids
 from dpo_jax.model.config import PRESETS, DecoderConfig, RopeScaling
+from tests import tiny
 
-UNTIED = DecoderConfig(
-    vocabulary_size=40,
-    width=24,
-    layers=2,
-    heads=4,
-    key_value_heads=2,
-    head_dim=6,
-    hidden=32,
-    max_positions=64,
-)
+UNTIED = tiny.DECODER
 TIED = dataclasses.replace(UNTIED, tied_head=True)
-
-
-def draw_params(config: DecoderConfig) -> dict:
-    shapes = jax.eval_shape(functools.partial(decoder.init, config), jax.random.key(0))
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
 
 
 def rewrite(folder: Path, change) -> None:
@@ -54,13 +39,13 @@ def assert_equal(params: dict, again: dict) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    weights.save(tmp_path, UNTIED, draw_params(UNTIED))
+    weights.save(tmp_path, UNTIED, tiny.draw_params(UNTIED))
     return tmp_path
 
 
 @pytest.mark.parametrize("config", [UNTIED, TIED], ids=["untied", "tied"])
 def test_saved_parameters_load_bit_equal(tmp_path, config):
-    params = draw_params(config)
+    params = tiny.draw_params(config)
     weights.save(tmp_path / "new" / "folder", config, jax.tree.map(jax.numpy.asarray, params))
     loaded_config, loaded = weights.load(tmp_path / "new" / "folder")
     assert loaded_config == config
@@ -69,7 +54,7 @@ def test_saved_parameters_load_bit_equal(tmp_path, config):
 
 
 def test_files_hold_matrices_as_outputs_by_inputs_with_heads_end_to_end(folder):
-    params = draw_params(UNTIED)
+    params = tiny.draw_params(UNTIED)
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     attention = params["layers"]["attention"]
     layer = "model.layers.1.self_attn."
@@ -106,7 +91,7 @@ def test_several_files_load_by_their_index(folder):
         safetensors.numpy.save_file({name: tensors[name] for name in part}, folder / file)
     index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
     (folder / weights.INDEX).write_text(json.dumps(index))
-    assert_equal(weights.load(folder)[1], draw_params(UNTIED))
+    assert_equal(weights.load(folder)[1], tiny.draw_params(UNTIED))
     (folder / "b.safetensors").unlink()
     with pytest.raises(
         ValueError, match=r"b\.safetensors is missing, and model\.safetensors\.index"
@@ -145,14 +130,14 @@ def test_quantised_tensors_are_refused(folder):
 def test_old_rotary_buffers_are_passed_over(folder):
     buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32)}
     rewrite(folder, lambda tensors: tensors.update(buffer))
-    assert_equal(weights.load(folder)[1], draw_params(UNTIED))
+    assert_equal(weights.load(folder)[1], tiny.draw_params(UNTIED))
 
 
 def test_a_stored_tied_head_must_be_the_embedding(tmp_path):
-    weights.save(tmp_path, TIED, draw_params(TIED))
-    embedding = draw_params(TIED)["embedding"]
+    weights.save(tmp_path, TIED, tiny.draw_params(TIED))
+    embedding = tiny.draw_params(TIED)["embedding"]
     rewrite(tmp_path, lambda tensors: tensors.update({"lm_head.weight": embedding}))
-    assert_equal(weights.load(tmp_path)[1], draw_params(TIED))
+    assert_equal(weights.load(tmp_path)[1], tiny.draw_params(TIED))
     rewrite(tmp_path, lambda tensors: tensors.update({"lm_head.weight": embedding + 1}))
     with pytest.raises(ValueError, match="lm_head.weight that differs from the embedding"):
         weights.load(tmp_path)
@@ -394,7 +379,7 @@ def test_a_folder_saved_here_loads_in_transformers_with_equal_logits(tmp_path, c
     pytest.importorskip("torch")
     import transformers
 
-    params = jax.tree.map(lambda leaf: 0.3 * leaf, draw_params(config))
+    params = tiny.draw_params(config, scale=0.3)
     weights.save(tmp_path, config, params)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     tokens = np.random.default_rng(0).integers(0, config.vocabulary_size, (2, 24), np.int32)

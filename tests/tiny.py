@@ -1,11 +1,42 @@
-"""A run of a tiny model that takes seconds, for the tests of whole runs."""
+"""What several tests run: a tiny model that trains in seconds, and a decoder smaller yet."""
 
+from functools import partial
 from pathlib import Path
 
+import jax
+import numpy as np
+
 from dpo_jax import config, losses, paths, runs
+from dpo_jax.model import decoder
+from dpo_jax.model.config import DecoderConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "experiments" / "dpo.py"
+DECODER = DecoderConfig(
+    vocabulary_size=40,
+    width=24,
+    layers=2,
+    heads=4,
+    key_value_heads=2,
+    head_dim=6,
+    hidden=32,
+    max_positions=64,
+)
+
+
+def draw_params(model: DecoderConfig, seed: int = 0, scale: float = 0.1) -> dict:
+    """A decoder's parameters, float32 on the host: normal, those of norms around 1.
+
+    Large enough that tokens are far from equally likely and that every part matters.
+    """
+    generator = np.random.default_rng(seed)
+    shapes = jax.eval_shape(partial(decoder.init, model), jax.random.key(0))
+
+    def one(path, leaf) -> np.ndarray:
+        drawn = generator.normal(size=leaf.shape, scale=scale)
+        return np.asarray(drawn + ("scale" in jax.tree_util.keystr(path)), np.float32)
+
+    return jax.tree_util.tree_map_with_path(one, shapes)
 
 
 def experiment(folder: Path, workdir: Path, **changes) -> config.Experiment:
