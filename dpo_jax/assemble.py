@@ -40,14 +40,18 @@ class Run(NamedTuple):
     held_out_pairs: reference.LaidOut | None
     # (state, reference, batch, numbers) -> (state, metrics), jitted
     step: Callable
-    # (params, reference, batch, numbers) -> Sums, jitted: of the loss, and of the rewards of pairs
+    # (params, loss state, reference, the loss's floats, batch) -> Sums, jitted: of the loss, and of
+    # the rewards of pairs (for which the state is ())
     evaluate_loss: Callable
     evaluate_pairs: Callable
     sampler: evaluate.Sampler | None
     # parameters of a live reference; None where it is cached or absent
     reference: Any
-    # on the host, where the reference is not live: what samples are compared with, the reference or
-    # else the initial policy; None where samples are drawn from no model that was trained before
+    # (reference, policy) -> the reference that has followed the policy, jitted; None where it stays
+    follow: Callable | None
+    # on the host: what samples are compared with where that is not the live reference: the one that
+    # is cached or moves, as it was, or else the initial policy; None where samples are drawn from
+    # no model that was trained before
     compared: Any
     # the loss's floats and the learning rate, as the step takes them
     numbers: dict
@@ -66,24 +70,21 @@ def assemble(
     if found.held_out is not None:
         print(f"held out: {tokenise.describe(found.held_out.report)}")
     params = found.initial.params
-    score = functools.partial(logps.score, found.initial.model)
     tx = optimizer.make(experiment.optimizer)
     schedule = optimizer.make_schedule(experiment.optimizer, experiment.steps)
     anchor = load_reference(experiment, found, mesh)
     identities = identify(found, anchor)
     train, held_out, held_out_pairs = lay_out(experiment, found, mesh, anchor, identities)
-    scoring = make_scoring(experiment, score)
-    sampler = make_sampler(experiment, found, mesh, score)
-    compared = None
-    if sampler is not None and not has_live_reference(experiment):
-        random = experiment.model.source in model_config.PRESETS and anchor is None
-        compared = None if random else jax.device_get(params if anchor is None else anchor)
+    scoring = make_scoring(experiment, found.initial.model)
+    sampler = make_sampler(experiment, found, mesh)
+    compared = None if sampler is None else hold_compared(experiment, params, anchor)
     if not has_live_reference(experiment):
         anchor = None
     elif anchor is params:
         # the step donates the policy's buffers, and the reference outlives them
         anchor = jax.tree.map(jnp.copy, params)
-    state, shardings = make_state(params, tx, mesh)
+    state, shardings = make_state(params, tx, contract.needs(experiment.loss.function), mesh)
+    pair_scoring = scoring._replace(loss=contract.with_state(evaluate.pair_rewards))
     step = train_step.make_train_step(scoring, tx, schedule, accumulation(experiment))
     run = Run(
         identities=identities,
@@ -96,11 +97,10 @@ def assemble(
         held_out_pairs=held_out_pairs,
         step=jax.jit(step, out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0),
         evaluate_loss=jax.jit(functools.partial(train_step.evaluate, scoring)),
-        evaluate_pairs=jax.jit(
-            functools.partial(train_step.evaluate, scoring._replace(loss=evaluate.pair_rewards))
-        ),
+        evaluate_pairs=jax.jit(functools.partial(train_step.evaluate, pair_scoring)),
         sampler=sampler,
         reference=anchor,
+        follow=make_follow(experiment.reference),
         compared=compared,
         numbers={
             "loss": floats(experiment.loss),
@@ -171,13 +171,17 @@ def lay_out(
     """
     cached = experiment.reference.cached and anchor is not None
     params_hash = identities["reference"] if cached else ""
-    shards = sharding.batch_shards(mesh)
+    shards, declared = sharding.batch_shards(mesh), contract.needs(experiment.loss.function)
 
     def one(data: tokenise.Tokenised, parts: int) -> reference.LaidOut:
-        plan = pack.plan(data, experiment.batch_size, parts, experiment.seed)
+        plan = pack.plan(
+            data, experiment.batch_size, parts, experiment.seed, scores_prompt=declared.prompt
+        )
+        if not cached:
+            return reference.LaidOut(data, plan, None)
         model = found.initial.model
-        table = (
-            reference.load_table(model, anchor, params_hash, data, plan, mesh) if cached else None
+        table = reference.load_table(
+            model, anchor, params_hash, data, plan, mesh, declared.reference
         )
         return reference.LaidOut(data, plan, table)
 
@@ -187,9 +191,10 @@ def lay_out(
     return train, held_out, pairs
 
 
-def make_scoring(experiment: config.Experiment, score: Callable) -> train_step.Scoring:
+def make_scoring(experiment: config.Experiment, model: decoder.Decoder) -> train_step.Scoring:
     """Policy, reference and loss as functions of a batch."""
-    loss = experiment.loss
+    loss, declared = experiment.loss, contract.needs(experiment.loss.function)
+    score = functools.partial(logps.score, model, statistics=declared.policy)
     statics = {
         name: value for name, value in loss.hyperparameters.items() if not isinstance(value, float)
     }
@@ -198,8 +203,27 @@ def make_scoring(experiment: config.Experiment, score: Callable) -> train_step.S
     elif experiment.reference.cached:
         score_reference = reference.cached
     else:
-        score_reference = functools.partial(reference.live, score)
-    return train_step.Scoring(score, score_reference, functools.partial(loss.function, **statics))
+        score_live = functools.partial(logps.score, model, statistics=declared.reference)
+        score_reference = functools.partial(reference.live, score_live)
+    return train_step.Scoring(score, score_reference, contract.with_state(loss.function, **statics))
+
+
+def make_follow(settings: config.Reference) -> Callable | None:
+    """The jitted update of a moving reference, which takes the old one's place; None: it stays."""
+    if settings.update_every is None:
+        return None
+    follow = jax.jit(reference.follow, donate_argnums=0)
+    return functools.partial(follow, weight=jnp.float32(settings.update_weight))
+
+
+def hold_compared(experiment: config.Experiment, params, anchor) -> Any:
+    """`Run.compared`."""
+    stays = experiment.reference.update_every is None
+    if has_live_reference(experiment) and stays:
+        return None
+    if anchor is None and experiment.model.source in model_config.PRESETS:
+        return None
+    return jax.device_get(params if anchor is None else anchor)
 
 
 def floats(loss: config.Loss) -> dict[str, jax.Array]:
@@ -223,20 +247,22 @@ def accumulation(experiment: config.Experiment) -> Callable:
     return train_step.make_microbatched(experiment.microbatches)
 
 
-def make_state(params, tx: optax.GradientTransformation, mesh) -> tuple[train_step.TrainState, Any]:
+def make_state(
+    params, tx: optax.GradientTransformation, declared: contract.Needs, mesh
+) -> tuple[train_step.TrainState, Any]:
     """The state before the first update, and its shardings: moments lie where parameters do."""
     placed = sharding.parameters(params, mesh)
     abstract = jax.eval_shape(tx.init, params)
     moments = sharding.like_parameters(abstract, params, placed, mesh)
     opt_state = jax.jit(tx.init, out_shardings=moments)(params)
-    step = jax.device_put(jnp.int32(0), sharding.replicated(mesh))
     everywhere: Any = sharding.replicated(mesh)
-    shardings = train_step.TrainState(everywhere, placed, moments)
-    return train_step.TrainState(step, params, opt_state), shardings
+    step, loss_state = jax.device_put((jnp.int32(0), declared.state()), everywhere)
+    shardings = train_step.TrainState(everywhere, placed, moments, everywhere)
+    return train_step.TrainState(step, params, opt_state, loss_state), shardings
 
 
 def make_sampler(
-    experiment: config.Experiment, found: inputs.Inputs, mesh, score
+    experiment: config.Experiment, found: inputs.Inputs, mesh
 ) -> evaluate.Sampler | None:
     """What held-out sampling needs; None where samples.count is 0."""
     if not experiment.samples.count or found.held_out is None:
@@ -249,5 +275,5 @@ def make_sampler(
         experiment.samples,
         mesh,
         experiment.batch_size,
-        jax.jit(score),
+        jax.jit(functools.partial(logps.score, found.initial.model)),
     )

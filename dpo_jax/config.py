@@ -31,7 +31,7 @@ class Loss:
 
     __slots__ = ("function", "hyperparameters")
     function: Callable
-    hyperparameters: Mapping[str, float | int | bool | str | None]
+    hyperparameters: Mapping[str, float | int | bool | str | Callable | None]
 
     def __init__(self, function: Callable, /, **hyperparameters: Any):
         declared = loss_fields(function)
@@ -134,6 +134,10 @@ class Reference:
     source: str | None = "initial"
     # compute its log-probabilities once, keep them on disk, and hold no second set of parameters
     cached: bool = False
+    # steps between updates by which it follows the policy (TR-DPO); None: it stays as it is
+    update_every: Count | None = None
+    # share of the policy in an update, 1 being a copy
+    update_weight: Fraction = 0.6
 
 
 @dataclasses.dataclass(frozen=True)

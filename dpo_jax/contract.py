@@ -12,20 +12,40 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax import logps
+from dpo_jax.data import pack
 
 
 class Needs(NamedTuple):
-    """What a loss asks of the train step beyond summed log-probabilities."""
+    """What a loss asks for beyond summed log-probabilities of completions."""
 
     # an example's loss depends on other examples of the batch (KTO's KL)
     batch_statistics: bool = False
+    # further sums over each completion's tokens, under the policy and under the reference
+    policy: Mapping[str, logps.Statistic] = {}
+    reference: Mapping[str, logps.Statistic] = {}
+    # the prompts' own tokens are scored too, as the completion "prompt"
+    prompt: bool = False
+    # () -> the state that the loss is first given, a pytree of arrays
+    state: Callable[[], Any] = tuple
 
 
-def declare(*, batch_statistics: bool = False) -> Callable[[Callable], Callable]:
-    """Marks a loss with what it needs."""
+def declare(
+    *,
+    batch_statistics: bool = False,
+    policy: Mapping[str, logps.Statistic] | None = None,
+    reference: Mapping[str, logps.Statistic] | None = None,
+    prompt: bool = False,
+    state: Callable[[], Any] = tuple,
+) -> Callable[[Callable], Callable]:
+    """Marks a loss with what it needs, which is then computed, and only then.
+
+    A loss with a state is called (policy, reference, batch, state, ...) and returns the next state
+    as a third value; it is part of the train state and of the checkpoint.
+    """
+    declared = Needs(batch_statistics, policy or {}, reference or {}, prompt, state)
 
     def mark(loss: Callable) -> Callable:
-        setattr(loss, "needs", Needs(batch_statistics))  # noqa: B010
+        vars(loss)["needs"] = declared
         return loss
 
     return mark
@@ -34,6 +54,24 @@ def declare(*, batch_statistics: bool = False) -> Callable[[Callable], Callable]
 def needs(loss: Callable) -> Needs:
     """What the loss declared; nothing where it declared nothing."""
     return getattr(loss, "needs", Needs())
+
+
+def has_state(loss: Callable) -> bool:
+    """Whether the loss takes a state and returns the next."""
+    return needs(loss).state is not tuple
+
+
+def with_state(loss: Callable, **statics: Any) -> Callable:
+    """The loss as (policy, reference, batch, state, **numbers) -> losses, metrics, state, whether
+    it has a state or not.
+    """
+    if has_state(loss):
+        return functools.partial(loss, **statics)
+
+    def stateless(policy, reference, batch, state, **numbers):
+        return *loss(policy, reference, batch, **statics, **numbers), state
+
+    return stateless
 
 
 class _Completions(dict):
@@ -87,10 +125,13 @@ def check(
     only if there is one; it returns losses [N], finite, and metrics [N]; examples do not meet
     unless `declare` said so.
     """
-    loss_of = functools.partial(loss, **hyperparameters)
     title = loss.__name__
-    policy, reference, batch = _examples(names, columns, title, scale=1.0)
-    losses, metrics = loss_of(policy, reference, batch)
+    declared = needs(loss)
+    _check_declared(declared, names, title)
+    loss_of = functools.partial(with_state(loss), **hyperparameters)
+    names = [*names, *([pack.PROMPT] if declared.prompt else [])]
+    policy, reference, batch = _examples(declared, names, columns, title, scale=1.0)
+    losses, metrics, _ = loss_of(policy, reference, batch, declared.state())
     if reference.read and not has_reference:
         raise ValueError(
             f"loss {title} reads the reference, and reference.source is None: give "
@@ -110,44 +151,66 @@ def check(
         raise ValueError(
             f"loss {title} is {losses} on log-probabilities near -5: it must be finite"
         )
-    if not needs(loss).batch_statistics and _examples_meet(loss_of, names, columns, title):
+    if not declared.batch_statistics and _examples_meet(loss_of, declared, names, columns, title):
         raise ValueError(
             f"in loss {title} an example's loss changes with other examples: decorate it with "
             "@contract.declare(batch_statistics=True), so that accumulation treats it right"
         )
 
 
+def _check_declared(declared: Needs, names: Sequence[str], title: str) -> None:
+    for name in {**declared.policy, **declared.reference}:
+        if name == logps.TOTAL:
+            raise ValueError(
+                f"loss {title} declares a statistic {name!r}, which is the name of the summed "
+                "log-probability: give it another"
+            )
+    if declared.prompt and pack.PROMPT in names:
+        raise ValueError(
+            f"loss {title} has the prompt scored as {pack.PROMPT!r}, and the data give a "
+            "completion of that name"
+        )
+
+
 def _examples(
-    names: Sequence[str], columns: Sequence[str], title: str, scale: float, seed: int = 0
+    declared: Needs,
+    names: Sequence[str],
+    columns: Sequence[str],
+    title: str,
+    scale: float,
+    seed: int = 0,
 ):
     generator = np.random.default_rng(seed)
+    length = jnp.array([3, 4, 5, 6], jnp.int32)
 
-    def completions():
-        totals = {name: -5.0 - scale * generator.random(4, np.float32) for name in names}
-        return {
-            n: logps.Logps(jnp.asarray(t), jnp.array([3, 4, 5, 6], jnp.int32))
-            for n, t in totals.items()
-        }
+    def completions(statistics: Mapping[str, Any]):
+        def draw():
+            return jnp.asarray(-5.0 - scale * generator.random(4, np.float32))
+
+        return {n: logps.Logps(draw(), length, {s: draw() for s in statistics}) for n in names}
 
     extras = {name: jnp.array([1.0, 0.0, 1.0, 0.0]) for name in columns}
     batch = _Batch({"weight": jnp.ones(4), **extras}, title)
-    return _Completions(completions(), title), _NoReference(completions(), title), batch
+    policy = _Completions(completions(declared.policy), title)
+    return policy, _NoReference(completions(declared.reference), title), batch
 
 
 def _examples_meet(
-    loss_of: Callable, names: Sequence[str], columns: Sequence[str], title: str
+    loss_of: Callable, declared: Needs, names: Sequence[str], columns: Sequence[str], title: str
 ) -> bool:
     """Whether changing all that is known of the last example changes the loss of another."""
+    state = declared.state()
     for seed in range(8):
-        policy, reference, batch = _examples(names, columns, title, 5.0, seed)
-        before, _ = loss_of(policy, reference, batch)
+        policy, reference, batch = _examples(declared, names, columns, title, 5.0, seed)
+        before, *_ = loss_of(policy, reference, batch, state)
         # up and down, since a statistic may be held on one side
         shift = 10.0 * (-1) ** seed
         columns_moved = {n: batch[n].at[3].set(1.0 - batch[n][3]) for n in columns}
-        after, _ = loss_of(
+        after, *_ = loss_of(
             _Completions(_move_last(policy, shift), title),
             _Completions(_move_last(reference, -shift), title),
             _Batch({**batch, **columns_moved}, title),
+            state,
         )
         if not np.array_equal(np.asarray(before)[:3], np.asarray(after)[:3]):
             return True
@@ -155,10 +218,11 @@ def _examples_meet(
 
 
 def _move_last(completions: Mapping[str, logps.Logps], shift: float) -> dict[str, logps.Logps]:
-    return {
-        name: logps.Logps(scored.total.at[3].add(shift), scored.length.at[3].add(7))
-        for name, scored in completions.items()
-    }
+    def move(one: logps.Logps) -> logps.Logps:
+        statistics = {name: sums.at[3].add(shift) for name, sums in one.statistics.items()}
+        return logps.Logps(one.total.at[3].add(shift), one.length.at[3].add(7), statistics)
+
+    return {name: move(one) for name, one in completions.items()}
 
 
 def weighted_sums(

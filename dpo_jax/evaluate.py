@@ -17,18 +17,15 @@ from dpo_jax.data import pack, tokenise, tokenizer
 from dpo_jax.model import decoder
 
 
-def preferences(
-    evaluate: Callable, params, anchor, held_out: reference.LaidOut, mesh, numbers: dict
-) -> dict[str, float]:
+def preferences(evaluate: Callable, held_out: reference.LaidOut, mesh) -> dict[str, float]:
     """Means over all held-out examples, each once: {metric: float}.
 
-    `evaluate` is the jitted `train_step.evaluate` of a scoring: (params, reference, batch, numbers)
-    -> Sums.
+    `evaluate` maps a batch on the mesh to `train_step.Sums`.
     """
     total: dict[str, np.ndarray] = {}
     for batch in pack.evaluation_batches(held_out.data, held_out.plan):
         batch = sharding.put_batch(reference.with_table(batch, held_out.table), mesh)
-        sums = jax.device_get(evaluate(params, anchor, batch, numbers).metrics)
+        sums = jax.device_get(evaluate(batch).metrics)
         for name, value in sums.items():
             total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)
     return {name: float(value[0] / value[1]) for name, value in total.items() if value[1]}

@@ -277,6 +277,9 @@ def from_json(record: Mapping, module_path: str | Path | None = None) -> config.
     missing = [name for name in config.loss_fields(function) if name not in loss]
     if missing:
         raise ValueError(f"missing fields: {', '.join(f'loss.{name}' for name in missing)}")
+    for name, (annotation, _) in config.loss_fields(function).items():
+        if is_function_type(annotation):
+            loss[name] = functions.from_name(loss[name], module)
     fields["loss"] = config.Loss(function, **loss)
     return config.Experiment(**fields)
 

@@ -64,6 +64,18 @@ def check_switches(experiment: config.Experiment) -> None:
     """Raises ValueError for a switch that would have no effect."""
     if experiment.reference.cached and experiment.reference.source is None:
         raise ValueError("reference.cached is set and reference.source is None: leave one out")
+    anchor, default = experiment.reference, config.Reference()
+    if anchor.update_every is not None and (anchor.cached or anchor.source is None):
+        raise ValueError(
+            f"reference.update_every is {anchor.update_every}, and the reference is "
+            f"{'cached' if anchor.cached else 'None'}: one that follows the policy needs its own "
+            "parameters; leave reference.cached out and give --reference.source"
+        )
+    if anchor.update_every is None and anchor.update_weight != default.update_weight:
+        raise ValueError(
+            f"reference.update_weight is {anchor.update_weight}, and the reference stays as it is: "
+            "give --reference.update-every, or leave it out"
+        )
     start = experiment.profile.start
     if start is not None and start >= experiment.steps:
         raise ValueError(

@@ -1,45 +1,108 @@
 """Hidden states to the log-probabilities of completions, never with logits of every position.
 
-Dimensions: B rows, L tokens, S scored tokens, N = B * E examples, D width, V vocabulary.
+Dimensions: B rows, L tokens, S scored tokens, N = B * E examples, D width, V vocabulary, c
+tokens of a chunk.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.data import pack
 from dpo_jax.model import attention, decoder
 
 # logits held at once, over all devices: 128 MiB in float32
 CHUNK_ELEMENTS = 2**25
+# the key of the log-probability itself beside statistics
+TOTAL = "total"
 
 
 class Logps(NamedTuple):
-    """Of one completion of each example: total [N] float32 in nats, length [N] int32 in tokens."""
+    """Of one completion of each example."""
 
-    total: jax.Array
-    length: jax.Array
+    total: jax.Array  # float32 [N]: sum of its tokens' log-probabilities, in nats
+    length: jax.Array  # int32 [N]: its tokens, EOS included
+    # float32 [N] each: sums over its tokens that the loss declared, by the names it gave them
+    statistics: Mapping[str, jax.Array] = {}
 
 
-def score(model: decoder.Decoder, params, batch: dict) -> dict[str, Logps]:
+class Tokens(NamedTuple):
+    """A chunk of scored tokens, of which a statistic makes one number a token."""
+
+    logits: jax.Array  # float32 [B, c, V]: what predicts them
+    logp: jax.Array  # float32 [B, c]: log-probability of the token itself, in nats
+    index: jax.Array  # int32 [B, c]: place in its completion, from 0
+    shortest: jax.Array  # int32 [B, c]: tokens of its example's shortest completion
+
+
+# a chunk's tokens -> [B, c] float32, which is summed over each completion
+Statistic = Callable[[Tokens], jax.Array]
+
+
+def score(
+    model: decoder.Decoder, params, batch: dict, statistics: Mapping[str, Statistic] | None = None
+) -> dict[str, Logps]:
     """Log-probabilities of every completion under the model, by completion name.
 
     Reads tokens, example, branch, position [B, L], source, target, slot [B, S] and length {name:
-    [N]}.
+    [N]}. `statistics` are summed over each completion too.
     """
+    statistics = statistics or {}
     ids = attention.Ids(batch["example"], batch["branch"], batch["position"])
     hidden: Any = model.apply({"params": params}, batch["tokens"], ids)
     hidden = jnp.take_along_axis(hidden, batch["source"][..., None], axis=1)  # [B, S, D]
-    tokens = token_logps(hidden, decoder.head(params, model.config), batch["target"])
+    head = decoder.head(params, model.config)
     names = sorted(batch["length"])
-    slots_of_row = len(batch["weight"]) // len(tokens) * len(names)
-    totals = sum_slots(tokens, batch["slot"], slots_of_row).reshape(-1, len(names))  # [N, C]
-    return {name: Logps(totals[:, c], batch["length"][name]) for c, name in enumerate(names)}
+    slots_of_row = len(batch["weight"]) // len(hidden) * len(names)
+    places = locate(batch, slots_of_row) if statistics else None
+    by_token = token_values(hidden, head, batch["target"], places, statistics)
+    by_completion = {
+        name: sum_slots(values, batch["slot"], slots_of_row).reshape(-1, len(names))  # [N, C]
+        for name, values in by_token.items()
+    }
+    totals = by_completion.pop(TOTAL)
+    return {
+        name: Logps(
+            totals[:, c],
+            batch["length"][name],
+            {statistic: sums[:, c] for statistic, sums in by_completion.items()},
+        )
+        for c, name in enumerate(names)
+    }
+
+
+def locate(batch: dict, slots_of_row: int) -> tuple[jax.Array, jax.Array]:
+    """Of each scored token its place in its completion and the tokens of its example's shortest
+    completion: int32 [B, S] both.
+    """
+    slot = batch["slot"]
+    at = jnp.broadcast_to(jnp.arange(slot.shape[1], dtype=jnp.int32)[None, :], slot.shape)
+    # a completion's tokens stand together
+    starts = jnp.pad(slot[:, 1:] != slot[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    index = at - jax.lax.cummax(jnp.where(starts, at, 0), axis=1)
+    lengths = [length for name, length in batch["length"].items() if name != pack.PROMPT]
+    shortest = jnp.min(jnp.stack(lengths), axis=0)  # [N]
+    by_slot = jnp.repeat(shortest, len(batch["length"])).reshape(len(slot), slots_of_row)
+    return index, jnp.take_along_axis(by_slot, jnp.maximum(slot - 1, 0), axis=1)
 
 
 def token_logps(hidden: jax.Array, head: jax.Array, target: jax.Array) -> jax.Array:
     """log p(target) of each scored token: hidden [B, S, D], head [D, V], target [B, S] -> [B, S]
     float32.
+    """
+    return token_values(hidden, head, target, None, {})[TOTAL]
+
+
+def token_values(
+    hidden: jax.Array,
+    head: jax.Array,
+    target: jax.Array,
+    places: tuple[jax.Array, jax.Array] | None,
+    statistics: Mapping[str, Statistic],
+) -> dict[str, jax.Array]:
+    """Log-probability (under TOTAL) and statistics of each scored token: float32 [B, S] each.
 
     Chunks of S, whose logits the backward pass computes again, bound what is held at once.
     """
@@ -49,16 +112,22 @@ def token_logps(hidden: jax.Array, head: jax.Array, target: jax.Array) -> jax.Ar
 
     @jax.checkpoint
     def one(chunk):
-        hidden, target = chunk
+        hidden, target, places = chunk
         logits = jnp.einsum("bsd,dv->bsv", hidden, head, preferred_element_type=jnp.float32)
         picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-        return picked - jax.nn.logsumexp(logits, axis=-1)
+        logp = picked - jax.nn.logsumexp(logits, axis=-1)
+        if places is None:
+            return {TOTAL: logp}
+        tokens = Tokens(logits, logp, *places)
+        return {TOTAL: logp, **{name: make(tokens) for name, make in statistics.items()}}
+
+    def part(array: jax.Array) -> jax.Array:
+        return array.reshape(rows, count, scored // count, *array.shape[2:]).swapaxes(0, 1)
 
     if count == 1:
-        return one((hidden, target))
-    hidden = hidden.reshape(rows, count, scored // count, width).swapaxes(0, 1)
-    target = target.reshape(rows, count, scored // count).swapaxes(0, 1)
-    return jax.lax.map(one, (hidden, target)).swapaxes(0, 1).reshape(rows, scored)
+        return one((hidden, target, places))
+    values = jax.lax.map(one, jax.tree.map(part, (hidden, target, places)))
+    return jax.tree.map(lambda array: array.swapaxes(0, 1).reshape(rows, scored), values)
 
 
 def chunk_count(rows: int, scored: int, vocabulary: int) -> int:

@@ -1,25 +1,28 @@
-"""Where a loss's reference log-probabilities come from: a second model, a table that was computed
-once, or nowhere.
+"""Where a loss's reference log-probabilities come from: a second model, which may follow the
+policy, a table that was computed once, or nowhere.
 
 Dimensions: N examples of a batch or of the data.
 """
 
+import functools
 import hashlib
 import io
 import json
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import logps, paths, sharding
+from dpo_jax import functions, logps, paths, sharding
 from dpo_jax.data import pack, tokenise
 from dpo_jax.model import decoder
 
 # bumped when what a table holds changes
-VERSION = 1
+VERSION = 2
 
+# float32 [N] each: totals under a completion's name, statistics under "completion.statistic"
 Table = dict[str, np.ndarray]
 
 
@@ -38,10 +41,28 @@ def live(score, params, batch: dict) -> dict[str, logps.Logps]:
 
 def cached(params: None, batch: dict) -> dict[str, logps.Logps]:
     """Reads what `with_table` put into the batch."""
+    columns = batch["reference"]
+
+    def statistics(name: str) -> dict[str, jax.Array]:
+        prefix = column(name, "")
+        return {c.removeprefix(prefix): v for c, v in columns.items() if c.startswith(prefix)}
+
     return {
-        name: logps.Logps(total, batch["length"][name])
-        for name, total in batch["reference"].items()
+        name: logps.Logps(columns[name], length, statistics(name))
+        for name, length in batch["length"].items()
     }
+
+
+def column(completion: str, statistic: str) -> str:
+    """The name of a completion's statistic in a table."""
+    return f"{completion}.{statistic}"
+
+
+def follow(reference, policy, weight: jax.Array):
+    """weight * policy + (1 - weight) * reference, parameter by parameter: TR-DPO's update,
+    https://arxiv.org/abs/2404.09656.
+    """
+    return jax.tree.map(lambda old, new: weight * new + (1 - weight) * old, reference, policy)
 
 
 def none(params: None, batch: dict) -> None:
@@ -49,15 +70,15 @@ def none(params: None, batch: dict) -> None:
 
 
 def with_table(batch: dict, table: Table | None) -> dict:
-    """The host batch with its examples' reference totals {name: [N]}, 0 in empty slots."""
+    """The host batch with its examples' columns of the table {name: [N]}, 0 in empty slots."""
     if table is None:
         return batch
     filled = batch["weight"] > 0
-    totals = {
-        name: np.where(filled, totals[batch["index"]], 0).astype(np.float32)
-        for name, totals in table.items()
+    columns = {
+        name: np.where(filled, values[batch["index"]], 0).astype(np.float32)
+        for name, values in table.items()
     }
-    return {**batch, "reference": totals}
+    return {**batch, "reference": columns}
 
 
 def fingerprint(params) -> str:
@@ -92,11 +113,13 @@ def load_table(
     data: tokenise.Tokenised,
     plan: pack.Plan,
     mesh,
+    statistics: Mapping[str, logps.Statistic] | None = None,
 ) -> Table:
-    """Total log-probability of every completion of the data, {name: float32 [N]}, computed once and
-    kept on disk.
+    """Total log-probability and statistics of every completion of the data, computed once and kept
+    on disk.
 
-    Kept under a hash of the weights, the tokenised data, the model's config and the compute type.
+    Kept under a hash of the weights, the tokenised data, the model's config, the compute type, and
+    of what is scored.
     """
     identity = [
         VERSION,
@@ -104,35 +127,36 @@ def load_table(
         data.fingerprint,
         repr(model.config),
         str(np.dtype(model.dtype)),
+        plan.scores_prompt,
+        sorted((name, *functions.described(make)) for name, make in (statistics or {}).items()),
     ]
     name = hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
     folder = paths.join(paths.cache_folder(), "reference", name)
-    if not paths.exists(paths.join(folder, "DONE")):
-        table = _score_all(model, params, data, plan, mesh)
+    done = paths.join(folder, "DONE")
+    if not paths.exists(done):
+        score = jax.jit(functools.partial(logps.score, model, statistics=statistics))
+        table = _score_all(score, params, data, plan, mesh)
         paths.make_folder(folder)
-        for completion, totals in table.items():
+        for name, values in table.items():
             content = io.BytesIO()
-            np.save(content, totals)
-            paths.write_bytes(paths.join(folder, f"{completion}.npy"), content.getvalue())
-        paths.write_text(paths.join(folder, "DONE"), "")
-    files = {completion: paths.join(folder, f"{completion}.npy") for completion in data.names}
+            np.save(content, values)
+            paths.write_bytes(paths.join(folder, f"{name}.npy"), content.getvalue())
+        # its lines are the columns
+        paths.write_text(done, "\n".join(table))
+    columns = paths.read_text(done).split("\n")
     return {
-        completion: np.load(io.BytesIO(paths.read_bytes(file)))
-        for completion, file in files.items()
+        name: np.load(io.BytesIO(paths.read_bytes(paths.join(folder, f"{name}.npy"))))
+        for name in columns
     }
 
 
-def _score_all(
-    model: decoder.Decoder, params, data: tokenise.Tokenised, plan: pack.Plan, mesh
-) -> Table:
-    table = {name: np.zeros(len(data.prompts), np.float32) for name in data.names}
-
-    @jax.jit
-    def totals(params, batch):
-        return {name: scored.total for name, scored in logps.score(model, params, batch).items()}
-
+def _score_all(score, params, data: tokenise.Tokenised, plan: pack.Plan, mesh) -> Table:
+    table: Table = {}
     for batch in pack.evaluation_batches(data, plan):
         filled, index = batch["weight"] > 0, batch["index"]
-        for name, values in totals(params, sharding.put_batch(batch, mesh)).items():
-            table[name][index[filled]] = np.asarray(values)[filled]
+        for completion, scored in score(params, sharding.put_batch(batch, mesh)).items():
+            own = {column(completion, name): sums for name, sums in scored.statistics.items()}
+            for name, values in {completion: scored.total, **own}.items():
+                into = table.setdefault(name, np.zeros(len(data.prompts), np.float32))
+                into[index[filled]] = np.asarray(values)[filled]
     return table

@@ -5,6 +5,7 @@ step in `train_step`.
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -23,6 +24,7 @@ from dpo_jax import (
     checkpoint,
     checks,
     config,
+    contract,
     evaluate,
     flags,
     initial,
@@ -65,7 +67,7 @@ def train(experiment: config.Experiment, experiment_file: str | Path) -> None:
         initial.write_shape(folder, run.model.config)
     record = flags.to_json(experiment, experiment_file)
     with checkpoint.make_checkpointer(folder, experiment.checkpoint) as checkpointer:
-        state = resume(checkpointer, state)
+        run, state = resume(checkpointer, run, state)
         first = int(state.step)
         # the line of step 0 too is written again where no checkpoint was saved
         metrics.cut(folder, first or -1)
@@ -112,16 +114,29 @@ def check_inputs(folder: str, identities: dict[str, str]) -> None:
         )
 
 
-def resume(checkpointer, state: train_step.TrainState) -> train_step.TrainState:
-    """The newest checkpoint's state, or the one given where there is none."""
+def resume(
+    checkpointer, run: assemble.Run, state: train_step.TrainState
+) -> tuple[assemble.Run, train_step.TrainState]:
+    """Run and state as the newest checkpoint has them, or those given where there is none."""
     step = checkpoint.latest_step(checkpointer)
     if step is None:
-        return state
-    items = {"params": state.params, "opt_state": state.opt_state}
-    restored = checkpoint.restore(checkpointer, step, checkpoint.abstract(items))
+        return run, state
+    items = checkpoint.abstract(saved_items(run, state))
+    restored = checkpoint.restore(checkpointer, step, items)
     print(f"going on from step {step}")
     placed = jax.device_put(np.int32(step), state.step.sharding)
-    return train_step.TrainState(placed, restored["params"], restored["opt_state"])
+    run = run._replace(reference=restored.pop("reference", run.reference))
+    return run, train_step.TrainState(placed, **restored)
+
+
+def saved_items(run: assemble.Run, state: train_step.TrainState) -> dict[str, Any]:
+    """What a checkpoint holds by name: what the run changes."""
+    items = {"params": state.params, "opt_state": state.opt_state}
+    if contract.has_state(run.experiment.loss.function):
+        items["loss_state"] = state.loss_state
+    if run.follow is not None:
+        items["reference"] = run.reference
+    return items
 
 
 class Ends(NamedTuple):
@@ -153,6 +168,8 @@ def loop(run: assemble.Run, folder: str, state: train_step.TrainState, ends: End
         pending, done = (step + 1, values, facts), step + 1
         if step == 0:
             check_identity(run, float(values["deviation"]))
+        if run.follow is not None and divides(experiment.reference.update_every, done):
+            run = run._replace(reference=run.follow(run.reference, state.params))
         if ends.stop.is_set() or done == experiment.steps or due(experiment, done):
             pause(run, folder, state, fetch(pending, clock), ends)
             pending, clock = None, time.perf_counter()
@@ -199,8 +216,7 @@ def pause(run: assemble.Run, folder: str, state, line: tuple, ends: Ends) -> Non
     if saves:
         ends.writer.flush()
         ranked = {name: values[name] for name in (experiment.checkpoint.metric,) if ranks}
-        items = {"params": state.params, "opt_state": state.opt_state}
-        checkpoint.save(ends.checkpointer, step, items, ranked)
+        checkpoint.save(ends.checkpointer, step, saved_items(run, state), ranked)
     if stopping and not last:
         print(f"SIGTERM: saved step {step}; the same command goes on from there")
         raise SystemExit(143)
@@ -224,22 +240,21 @@ def evaluation(
     found: dict[str, float] = {}
     numbers = run.numbers["loss"]
     if run.held_out is not None:
-        found |= evaluate.preferences(
-            run.evaluate_loss, state.params, run.reference, run.held_out, run.mesh, numbers
+        loss_of = functools.partial(
+            run.evaluate_loss, state.params, state.loss_state, run.reference, numbers
         )
+        found |= evaluate.preferences(loss_of, run.held_out, run.mesh)
     if run.held_out_pairs is not None:
         beta = {name: number for name, number in numbers.items() if name == "beta"}
-        pairs = evaluate.preferences(
-            run.evaluate_pairs, state.params, run.reference, run.held_out_pairs, run.mesh, beta
-        )
+        rewards_of = functools.partial(run.evaluate_pairs, state.params, (), run.reference, beta)
+        pairs = evaluate.preferences(rewards_of, run.held_out_pairs, run.mesh)
         found |= {name: value for name, value in pairs.items() if name.startswith("rewards/")}
     found = {f"eval/{name}": value for name, value in found.items()}
     if run.sampler is not None:
         # the same noise at every evaluation, so that what changes is the policy
         key = jax.random.fold_in(jax.random.key(run.experiment.seed), 1)
-        anchor = run.reference
-        if anchor is None and run.compared is not None:
-            anchor = sharding.place(run.compared, run.mesh)
+        held = run.compared
+        anchor = run.reference if held is None else sharding.place(held, run.mesh)
         sampled, rows = evaluate.sample(run.sampler, state.params, anchor, key)
         evaluate.write_rows(folder, step, rows)
         found |= {f"samples/{name}": value for name, value in sampled.items()}

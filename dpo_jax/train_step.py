@@ -23,6 +23,8 @@ class TrainState:
     step: jax.Array  # int32 scalar, updates so far
     params: Any
     opt_state: Any
+    # what the loss keeps from step to step; () for most
+    loss_state: Any = ()
 
 
 class Scoring(NamedTuple):
@@ -32,17 +34,19 @@ class Scoring(NamedTuple):
     score: Callable[[Any, dict], Completions]
     # (reference parameters or None, batch) -> reference or None
     score_reference: Callable[[Any, dict], Completions | None]
-    # (policy, reference, batch, **numbers) -> losses [N], metrics {name: [N]}
+    # (policy, reference, batch, state, **numbers) -> losses [N], metrics {name: [N]}, next state
     loss: Callable
 
 
 class Sums(NamedTuple):
-    """What adds up over microbatches and batches."""
+    """What a batch or microbatch gives beside the gradient."""
 
-    # sum and weight [2] of the loss and of each metric
+    # sum and weight [2] of the loss and of each metric, which add up over batches
     metrics: dict[str, jax.Array]
     # largest absolute log-ratio per token, in nats; nan without a reference
     deviation: jax.Array
+    # the loss's next state
+    loss_state: Any
 
 
 def make_train_step(
@@ -59,7 +63,7 @@ def make_train_step(
     """
 
     def step(state: TrainState, reference, batch: dict, numbers: dict) -> tuple[TrainState, dict]:
-        gradient, sums = accumulate(scoring, state.params, reference, batch, numbers["loss"])
+        gradient, sums = accumulate(scoring, state, reference, batch, numbers["loss"])
         updates, opt_state = tx.update(gradient, state.opt_state, state.params)
         rate = numbers["learning_rate"] * schedule(state.step)
         params = optax.apply_updates(
@@ -71,68 +75,78 @@ def make_train_step(
             "learning_rate": rate,
             "deviation": sums.deviation,
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state, sums.loss_state), metrics
 
     return step
 
 
-def evaluate(scoring: Scoring, params, reference, batch: dict, numbers: dict) -> Sums:
+def evaluate(scoring: Scoring, params, loss_state, reference, numbers: dict, batch: dict) -> Sums:
     """Sums of loss and metrics over a batch; `numbers` are the loss's floats."""
     policy, anchor = scoring.score(params, batch), scoring.score_reference(reference, batch)
-    return apply_loss(scoring, policy, anchor, batch, numbers)
+    return apply_loss(scoring, policy, anchor, batch, loss_state, numbers)
 
 
 def apply_loss(
-    scoring: Scoring, policy: Completions, anchor: Completions | None, batch: dict, numbers: dict
+    scoring: Scoring,
+    policy: Completions,
+    anchor: Completions | None,
+    batch: dict,
+    loss_state,
+    numbers: dict,
 ) -> Sums:
     """Sums of loss and metrics of scored completions."""
-    losses, metrics = scoring.loss(policy, anchor, batch, **numbers)
+    losses, metrics, loss_state = scoring.loss(policy, anchor, batch, loss_state, **numbers)
     totals = {f"logps/{name}": scored.total for name, scored in policy.items()}
     sums = contract.weighted_sums(losses, {**totals, **metrics}, batch["weight"])
+    loss_state = jax.lax.stop_gradient(loss_state)
     if anchor is None:
-        return Sums(sums, jnp.array(jnp.nan))
+        return Sums(sums, jnp.array(jnp.nan), loss_state)
     ratios = [
         jnp.abs(policy[name].total - anchor[name].total) / jnp.maximum(anchor[name].length, 1)
         for name in policy
     ]
     filled = batch["weight"] > 0
-    return Sums(
-        sums, jnp.max(jnp.stack([jnp.max(jnp.where(filled, ratio, 0.0)) for ratio in ratios]))
-    )
+    largest = jnp.max(jnp.stack([jnp.max(jnp.where(filled, ratio, 0.0)) for ratio in ratios]))
+    return Sums(sums, largest, loss_state)
 
 
-def whole(scoring: Scoring, params, reference, batch: dict, numbers: dict) -> tuple[Any, Sums]:
+def whole(
+    scoring: Scoring, state: TrainState, reference, batch: dict, numbers: dict
+) -> tuple[Any, Sums]:
     """Gradient of the mean loss, and the sums, from all rows at once."""
 
     def objective(params):
-        sums = evaluate(scoring, params, reference, batch, numbers)
+        sums = evaluate(scoring, params, state.loss_state, reference, numbers, batch)
         return sums.metrics["loss"][0] / jnp.maximum(sums.metrics["loss"][1], 1.0), sums
 
-    return jax.grad(objective, has_aux=True)(params)
+    return jax.grad(objective, has_aux=True)(state.params)
 
 
 def make_microbatched(microbatches: int) -> Callable:
-    """Accumulation for losses without batch statistics, or with statistics of each microbatch."""
+    """Accumulation for losses without batch statistics, or with statistics of each microbatch.
+
+    A state of the loss goes from each microbatch to the next.
+    """
 
     def accumulate(
-        scoring: Scoring, params, reference, batch: dict, numbers: dict
+        scoring: Scoring, state: TrainState, reference, batch: dict, numbers: dict
     ) -> tuple[Any, Sums]:
         total_weight = jnp.maximum(jnp.sum(batch["weight"]), 1.0)
 
-        def objective(params, part):
-            sums = evaluate(scoring, params, reference, part, numbers)
+        def objective(params, loss_state, part):
+            sums = evaluate(scoring, params, loss_state, reference, numbers, part)
             return sums.metrics["loss"][0] / total_weight, sums
 
         def one(carry, part):
-            gradient, sums = jax.grad(objective, has_aux=True)(params, part)
-            return jax.tree.map(jnp.add, carry, gradient), sums
+            total, loss_state = carry
+            gradient, sums = jax.grad(objective, has_aux=True)(state.params, loss_state, part)
+            return (jax.tree.map(jnp.add, total, gradient), sums.loss_state), sums[:2]
 
-        gradient, sums = jax.lax.scan(
-            one, jax.tree.map(jnp.zeros_like, params), split(batch, microbatches)
-        )
-        return gradient, Sums(
-            {k: v.sum(axis=0) for k, v in sums.metrics.items()}, sums.deviation.max()
-        )
+        start = jax.tree.map(jnp.zeros_like, state.params), state.loss_state
+        parts = split(batch, microbatches)
+        (gradient, loss_state), (metrics, deviation) = jax.lax.scan(one, start, parts)
+        totals = {name: value.sum(axis=0) for name, value in metrics.items()}
+        return gradient, Sums(totals, deviation.max(), loss_state)
 
     return accumulate
 
@@ -140,38 +154,44 @@ def make_microbatched(microbatches: int) -> Callable:
 def make_two_pass(microbatches: int) -> Callable:
     """Accumulation for statistics of the global batch: exact for any loss.
 
-    Scores all microbatches without residuals, differentiates the loss once with respect to the
-    log-probabilities, and backpropagates each microbatch with those cotangents.
+    Scores all microbatches without residuals, differentiates the loss once with respect to what was
+    scored, and backpropagates each microbatch with those cotangents.
     """
 
     def accumulate(
-        scoring: Scoring, params, reference, batch: dict, numbers: dict
+        scoring: Scoring, state: TrainState, reference, batch: dict, numbers: dict
     ) -> tuple[Any, Sums]:
         parts = split(batch, microbatches)
-        policy = jax.lax.map(lambda part: scoring.score(params, part), parts)  # leaves [m, N / m]
+        policy = jax.lax.map(lambda part: scoring.score(state.params, part), parts)  # [m, N / m]
         anchor = jax.lax.map(lambda part: scoring.score_reference(reference, part), parts)
         policy, anchor, flat = jax.tree.map(join, (policy, anchor, per_example(parts)))
 
-        def objective(totals):
-            moved = {name: scored._replace(total=totals[name]) for name, scored in policy.items()}
-            sums = apply_loss(scoring, moved, anchor, flat, numbers)
+        def objective(scored):
+            moved = {name: policy[name]._replace(**sums) for name, sums in scored.items()}
+            sums = apply_loss(scoring, moved, anchor, flat, state.loss_state, numbers)
             return sums.metrics["loss"][0] / jnp.maximum(sums.metrics["loss"][1], 1.0), sums
 
-        totals = {name: scored.total for name, scored in policy.items()}
-        cotangents, sums = jax.grad(objective, has_aux=True)(totals)
+        cotangents, sums = jax.grad(objective, has_aux=True)(differentiable(policy))
         cotangents = jax.tree.map(lambda leaf: leaf.reshape(microbatches, -1), cotangents)
 
         def one(carry, part):
             rows, cotangent = part
             _, pull = jax.vjp(
-                lambda p: {n: s.total for n, s in scoring.score(p, rows).items()}, params
+                lambda params: differentiable(scoring.score(params, rows)), state.params
             )
             return jax.tree.map(jnp.add, carry, pull(cotangent)[0]), None
 
-        zeros = jax.tree.map(jnp.zeros_like, params)
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
         return jax.lax.scan(one, zeros, (parts, cotangents))[0], sums
 
     return accumulate
+
+
+def differentiable(scored: Completions) -> dict[str, dict]:
+    """Of each completion what depends on the parameters: the fields total and statistics."""
+    return {
+        name: {"total": one.total, "statistics": one.statistics} for name, one in scored.items()
+    }
 
 
 def split(batch: dict, microbatches: int) -> dict:

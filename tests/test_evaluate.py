@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import config, evaluate, logps, losses, reference, sharding, train_step
+from dpo_jax import config, contract, evaluate, logps, losses, reference, sharding, train_step
 from dpo_jax.data import pack, tokenise
 from dpo_jax.model import decoder
 from dpo_jax.model.config import PRESETS
@@ -28,7 +28,14 @@ def length_score(params, batch: dict) -> dict[str, logps.Logps]:
 
 
 def scoring(loss: Any) -> train_step.Scoring:
-    return train_step.Scoring(length_score, functools.partial(reference.live, length_score), loss)
+    live = functools.partial(reference.live, length_score)
+    return train_step.Scoring(length_score, live, contract.with_state(loss))
+
+
+def evaluate_losses(given: train_step.Scoring, params: float, anchor, held_out, mesh, **numbers):
+    run = jax.jit(functools.partial(train_step.evaluate, given))
+    loss_of = functools.partial(run, jnp.float32(params), (), anchor, numbers)
+    return evaluate.preferences(loss_of, held_out, mesh)
 
 
 @pytest.mark.parametrize(("batch_size", "parts"), [(3, 1), (8, 2), (23, 1), (64, 4)])
@@ -37,9 +44,8 @@ def test_held_out_metrics_are_means_over_examples_whatever_the_batch(
 ):
     data = draw_examples(23)
     held_out = reference.LaidOut(data, pack.plan(data, batch_size, parts, seed=0), None)
-    run = jax.jit(functools.partial(train_step.evaluate, scoring(losses.dpo)))
-    beta = {"beta": jnp.float32(0.5)}
-    found = evaluate.preferences(run, jnp.float32(-3), jnp.float32(-2), held_out, mesh, beta)
+    anchor, beta = jnp.float32(-2), jnp.float32(0.5)
+    found = evaluate_losses(scoring(losses.dpo), -3, anchor, held_out, mesh, beta=beta)
     lengths = (data.completions[:, :, 1] - data.completions[:, :, 0]).astype(float)
     margin = 0.5 * (-lengths[:, 0] + lengths[:, 1])  # the log-ratio is -1 a token
     assert found["loss"] == pytest.approx(np.log1p(np.exp(-margin)).mean(), rel=1e-6)
@@ -53,8 +59,7 @@ def test_held_out_metrics_are_means_over_examples_whatever_the_batch(
 def test_a_metric_of_some_examples_is_the_mean_over_those(draw_examples, mesh):
     data = draw_examples(9, ("completion", "mismatched"))
     held_out = reference.LaidOut(data, pack.plan(data, 4, 1, seed=0), None)
-    run = jax.jit(functools.partial(train_step.evaluate, scoring(losses.kto)))
-    found = evaluate.preferences(run, jnp.float32(-3), jnp.float32(-2), held_out, mesh, {})
+    found = evaluate_losses(scoring(losses.kto), -3, jnp.float32(-2), held_out, mesh)
     lengths = data.completions[:, 0, 1] - data.completions[:, 0, 0]
     desirable = data.columns["desirable"] > 0
     assert found["rewards/chosen"] == pytest.approx(-0.1 * lengths[desirable].mean(), rel=1e-6)
@@ -65,9 +70,9 @@ def test_a_cached_reference_is_read_from_the_table(draw_examples, mesh):
     data = draw_examples(11)
     totals = {name: np.arange(11, dtype=np.float32) * -k for k, name in enumerate(data.names, 1)}
     held_out = reference.LaidOut(data, pack.plan(data, 4, 1, seed=0), totals)
-    given = train_step.Scoring(length_score, reference.cached, evaluate.pair_rewards)
-    run = jax.jit(functools.partial(train_step.evaluate, given))
-    found = evaluate.preferences(run, jnp.float32(-3), None, held_out, mesh, {})
+    rewards = contract.with_state(evaluate.pair_rewards)
+    given = train_step.Scoring(length_score, reference.cached, rewards)
+    found = evaluate_losses(given, -3, None, held_out, mesh)
     lengths = data.completions[:, :, 1] - data.completions[:, :, 0]
     assert found["rewards/chosen"] == pytest.approx((-3 * lengths[:, 0] + range(11)).mean())
     assert found["rewards/rejected"] == pytest.approx(

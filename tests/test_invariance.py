@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import config, logps, losses, reference, sharding, train_step
+from dpo_jax import config, contract, logps, losses, reference, sharding, train_step
 from dpo_jax.data import pack
 from dpo_jax.model import decoder
 from dpo_jax.model.config import PRESETS
@@ -81,11 +81,13 @@ def compute(draw_examples, draw_params) -> Callable[[Way], dict[str, Result]]:
         if way.cached:
             batch = reference.with_table(batch, load_table())
         live = functools.partial(reference.live, score)
-        scoring = train_step.Scoring(score, reference.cached if way.cached else live, all_losses)
+        score_reference = reference.cached if way.cached else live
+        scoring = train_step.Scoring(score, score_reference, contract.with_state(all_losses))
         run: Any = jax.jit(functools.partial(way.accumulate, scoring))
         where, placed = sharding.put_batch(batch, mesh), sharding.place(policy, mesh)
         other = None if way.cached else sharding.place(anchor, mesh)
-        found = {name: as_result(*run(placed, other, where, only(name))) for name in LOSSES}
+        state = train_step.TrainState(jnp.int32(0), placed, None)
+        found = {name: as_result(*run(state, other, where, only(name))) for name in LOSSES}
         assert run._cache_size() == 1
         return found
 

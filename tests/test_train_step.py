@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from dpo_jax import logps, losses, reference, train_step
+from dpo_jax import contract, logps, losses, reference, train_step
 from dpo_jax.data import pack
 
 VOCABULARY = 11
@@ -30,7 +30,12 @@ def score(params: dict, batch: dict) -> dict[str, logps.Logps]:
 
 
 def scoring(loss: Any) -> train_step.Scoring:
-    return train_step.Scoring(score, functools.partial(reference.live, score), loss)
+    live = functools.partial(reference.live, score)
+    return train_step.Scoring(score, live, contract.with_state(loss))
+
+
+def state_of(params: dict, loss_state: Any = ()) -> train_step.TrainState:
+    return train_step.TrainState(jnp.int32(0), params, None, loss_state)
 
 
 def draw_table(seed: int) -> dict:
@@ -75,7 +80,7 @@ def jitted(accumulation: str, loss: Any):
 
 
 def gradient_of(accumulation: str, loss, batch) -> tuple[np.ndarray, train_step.Sums]:
-    gradient, sums = jitted(accumulation, loss)(POLICY, ANCHOR, batch, BETA)
+    gradient, sums = jitted(accumulation, loss)(state_of(POLICY), ANCHOR, batch, BETA)
     return np.asarray(gradient["table"]), jax.device_get(sums)
 
 
@@ -235,10 +240,10 @@ def test_the_logged_norm_is_that_before_clipping(pairs):
 
 
 def test_without_a_reference_there_is_no_deviation_and_the_reference_is_none(pairs):
-    given = train_step.Scoring(score, reference.none, losses.orpo)
+    given = train_step.Scoring(score, reference.none, contract.with_state(losses.orpo))
     for accumulation in ("microbatched 2", "two_pass 2"):
         run = jax.jit(functools.partial(ACCUMULATIONS[accumulation], given))
-        _, sums = run(POLICY, None, pairs, {"lam": jnp.float32(0.1)})
+        _, sums = run(state_of(POLICY), None, pairs, {"lam": jnp.float32(0.1)})
         assert np.isnan(sums.deviation)
         assert sums.metrics["loss"][1] == 23
 
@@ -260,7 +265,7 @@ def test_other_numbers_and_another_reference_compile_nothing_anew_and_change_the
 
 def test_no_gradient_reaches_the_reference(pairs):
     def loss(anchor):
-        sums = train_step.evaluate(scoring(losses.dpo), POLICY, anchor, pairs, BETA)
+        sums = train_step.evaluate(scoring(losses.dpo), POLICY, (), anchor, BETA, pairs)
         return sums.metrics["loss"][0]
 
     assert not np.asarray(jax.jit(jax.grad(loss))(ANCHOR)["table"]).any()

@@ -12,6 +12,8 @@ import numpy as np
 
 from dpo_jax.data import tokenise
 
+# the name under which a prompt's own tokens are scored
+PROMPT = "prompt"
 MULTIPLE = 32
 LADDER = 4
 # examples of the steps that are tried out while the shapes are chosen
@@ -38,6 +40,8 @@ class Plan:
     seed: int
     # from few rows to many; equal but for rows
     ladder: tuple[Shape, ...]
+    # the prompts' own tokens are scored too, but for the first, as a completion PROMPT
+    scores_prompt: bool = False
 
 
 class Sizes(NamedTuple):
@@ -49,11 +53,13 @@ class Sizes(NamedTuple):
     scored: np.ndarray
 
 
-def sizes(data: tokenise.Tokenised) -> Sizes:
-    """Row tokens and scored tokens of each example; every completion token is scored."""
+def sizes(data: tokenise.Tokenised, scores_prompt: bool = False) -> Sizes:
+    """Row tokens and scored tokens of each example: every token of its completions and, where the
+    prompt is scored, those of the prompt but the first.
+    """
     prompts = data.prompts[:, 1] - data.prompts[:, 0]
     scored = (data.completions[:, :, 1] - data.completions[:, :, 0]).sum(axis=1)
-    return Sizes(prompts + scored, scored)
+    return Sizes(prompts + scored, scored + prompts - 1 if scores_prompt else scored)
 
 
 def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -71,18 +77,26 @@ def step_examples(count: int, batch_size: int, seed: int, step: int) -> np.ndarr
     return order[first - epochs[0] * count :][:batch_size]
 
 
-def plan(data: tokenise.Tokenised, batch_size: int, parts: int, seed: int) -> Plan:
+def plan(
+    data: tokenise.Tokenised,
+    batch_size: int,
+    parts: int,
+    seed: int,
+    *,
+    scores_prompt: bool = False,
+) -> Plan:
     """Chooses the ladder of shapes from the lengths alone, so that a typical step wastes least.
 
     `parts` is batch shards times microbatches; the rows of every shape are a multiple of it.
+    With `scores_prompt`, the prompts' own tokens are scored too.
     """
-    all_sizes, count = sizes(data), len(data.prompts)
+    all_sizes, count = sizes(data, scores_prompt), len(data.prompts)
     simulated = range(min(max(SIMULATED_EXAMPLES // batch_size, 4), 48))
     sampled = [step_examples(count, batch_size, seed, step) for step in simulated]
     steps = [Sizes(all_sizes.tokens[i], all_sizes.scored[i]) for i in sampled]
     candidates = [_fit(shape, steps, parts) for shape in _candidates(all_sizes, batch_size)]
     _, ladder = min(candidates, key=lambda candidate: candidate[0])
-    return Plan(batch_size, parts, seed, ladder)
+    return Plan(batch_size, parts, seed, ladder, scores_prompt)
 
 
 def plan_within(longest: int, scored: int, batch_size: int, parts: int) -> Plan:
@@ -174,7 +188,7 @@ def evaluation_batches(data: tokenise.Tokenised, plan: Plan):
 
 def pack(data: tokenise.Tokenised, plan: Plan, indices: np.ndarray) -> dict:
     """These examples in rows of the smallest shape of the ladder that holds them."""
-    all_sizes = sizes(data)
+    all_sizes = sizes(data, plan.scores_prompt)
     step = Sizes(all_sizes.tokens[indices], all_sizes.scored[indices])
     rows = assign(step, plan.ladder[-1])
     needed = _round_up(len(rows), plan.parts)
@@ -182,10 +196,13 @@ def pack(data: tokenise.Tokenised, plan: Plan, indices: np.ndarray) -> dict:
     shape = next(
         (s for s in plan.ladder if s.rows >= needed), plan.ladder[-1]._replace(rows=needed)
     )
-    return _fill(data, [[int(indices[place]) for place in row] for row in rows], shape)
+    members = [[int(indices[place]) for place in row] for row in rows]
+    return _fill(data, members, shape, plan.scores_prompt)
 
 
-def _fill(data: tokenise.Tokenised, rows: list[list[int]], shape: Shape) -> dict:
+def _fill(
+    data: tokenise.Tokenised, rows: list[list[int]], shape: Shape, scores_prompt: bool
+) -> dict:
     body = {
         k: np.zeros((shape.rows, shape.tokens), np.int32)
         for k in ("tokens", "example", "branch", "position")
@@ -195,45 +212,58 @@ def _fill(data: tokenise.Tokenised, rows: list[list[int]], shape: Shape) -> dict
     }
     slots = shape.rows * shape.examples
     index, weight = np.zeros(slots, np.int32), np.zeros(slots, np.float32)
-    lengths = np.zeros((slots, len(data.names)), np.int32)
+    names: list[str] = sorted([*data.names, *([PROMPT] if scores_prompt else [])])
+    length = {name: np.zeros(slots, np.int32) for name in names}
     for row, examples in enumerate(rows):
         at, at_scored = 0, 0
         for local, example in enumerate(examples):
             slot = row * shape.examples + local
             index[slot], weight[slot] = example, 1.0
-            lengths[slot] = data.completions[example, :, 1] - data.completions[example, :, 0]
-            at, at_scored = _write_example(data, example, local, row, (at, at_scored), body, scored)
+            spans = dict(zip(data.names, data.completions[example], strict=True))
+            at, sources = _write_example(data, example, local, row, at, body)
+            if scores_prompt:
+                # nothing stands before its first token
+                spans[PROMPT] = data.prompts[example] + np.array([1, 0])
+            for number, name in enumerate(names):
+                first, stop = spans[name]
+                length[name][slot] = stop - first
+                there = slice(at_scored, at_scored + stop - first)
+                scored["source"][row, there] = sources[name]
+                scored["target"][row, there] = data.tokens[first:stop]
+                scored["slot"][row, there] = local * len(names) + number + 1
+                at_scored = there.stop
     columns = {
         name: np.where(weight > 0, values[index], 0).astype(np.float32)
         for name, values in data.columns.items()
     }
-    length = {name: lengths[:, c].copy() for c, name in enumerate(data.names)}
     return {**body, **scored, **columns, "length": length, "weight": weight, "index": index}
 
 
-def _write_example(data, example, local, row, start, body, scored) -> tuple[int, int]:
-    """Writes an example's prompt and completions at `start` of a row; where the next one goes."""
-    at, at_scored = start
+def _write_example(data, example, local, row, at, body) -> tuple[int, dict[str, np.ndarray]]:
+    """Writes an example's prompt and completions from `at` on of a row.
+
+    Returns where the next one goes, and by name which positions predict a completion's tokens, and
+    the prompt's own from its second on.
+    """
     first, stop = data.prompts[example]
-    prompt, count = slice(at, at + stop - first), stop - first
-    body["tokens"][row, prompt] = data.tokens[first:stop]
-    body["example"][row, prompt] = local + 1
-    body["position"][row, prompt] = np.arange(count)
-    last_of_prompt, at = at + count - 1, at + count
-    for completion, (first, stop) in enumerate(data.completions[example]):
-        length = stop - first
-        here, there = slice(at, at + length), slice(at_scored, at_scored + length)
+    count = stop - first
+    here = slice(at, at + count)
+    body["tokens"][row, here] = data.tokens[first:stop]
+    body["example"][row, here] = local + 1
+    body["position"][row, here] = np.arange(count)
+    last_of_prompt, sources = at + count - 1, {PROMPT: np.arange(at, at + count - 1)}
+    for completion, name in enumerate(data.names):
+        first, stop = data.completions[example, completion]
+        at, length = here.stop, stop - first
+        here = slice(at, at + length)
         body["tokens"][row, here] = data.tokens[first:stop]
         body["example"][row, here] = local + 1
         body["branch"][row, here] = completion + 1
         body["position"][row, here] = np.arange(count, count + length)
+        sources[name] = np.arange(at - 1, at + length - 1)
         # the first token of every completion is predicted by the prompt's last
-        scored["source"][row, there] = np.arange(at - 1, at + length - 1)
-        scored["source"][row, at_scored] = last_of_prompt
-        scored["target"][row, there] = data.tokens[first:stop]
-        scored["slot"][row, there] = local * len(data.names) + completion + 1
-        at, at_scored = at + length, at_scored + length
-    return at, at_scored
+        sources[name][0] = last_of_prompt
+    return here.stop, sources
 
 
 def fill(batch: dict) -> dict[str, float]:

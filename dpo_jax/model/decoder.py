@@ -80,7 +80,7 @@ class Attention(nn.Module):
         value = dense(self, "value", (config.key_value_heads, config.head_dim))(hidden)
         query, key = rotate(query, rotation), rotate(key, rotation)
         if cache is not None:
-            cache = tuple(write(old, new, *at) for old, new in zip(cache, (key, value), strict=True))
+            cache = write(cache[0], key, *at), write(cache[1], value, *at)
             key, value = (
                 jax.lax.dynamic_index_in_dim(whole, at[0], keepdims=False) for whole in cache
             )
