@@ -108,6 +108,14 @@ def log1mexp(x: jax.Array) -> jax.Array:
     )
 
 
+def scaled_logsumexp(values: jax.Array, scale: Any) -> jax.Array:
+    """log sum_k exp(scale * values) of [K, N]: [N]. Scaled after the maximum is taken off, so that
+    no product is rounded before it is compared.
+    """
+    top = jax.lax.stop_gradient(jnp.max(values, axis=0))
+    return scale * top + jnp.log(jnp.sum(jnp.exp(scale * (values - top[None])), axis=0))
+
+
 def combine(*parts: tuple[Any, Losses]) -> Losses:
     """The weighted sum of losses: pairs of a weight and what a loss returned; the first one's
     metrics.
@@ -151,9 +159,9 @@ def capped_expm1(exponent: jax.Array) -> jax.Array:
 
 
 def dpo(
-    policy: Completions,
-    reference: Completions,
-    batch: Batch,
+    policy,
+    reference,
+    batch,
     *,
     beta: Positive = 0.1,
     label_smoothing: Smoothing = 0.0,
@@ -175,9 +183,9 @@ def dpo(
 
 
 def alpha_dpo(
-    policy: Completions,
-    reference: Completions,
-    batch: Batch,
+    policy,
+    reference,
+    batch,
     *,
     beta: Positive = 0.1,
     alpha: float = 0.5,
@@ -201,9 +209,9 @@ def alpha_dpo(
 
 
 def robust(
-    policy: Completions,
-    reference: Completions,
-    batch: Batch,
+    policy,
+    reference,
+    batch,
     *,
     beta: Positive = 0.1,
     label_smoothing: Smoothing = 0.1,
@@ -226,14 +234,7 @@ def robust(
     return losses, pair_metrics(beta * chosen, beta * rejected)
 
 
-def ipo(
-    policy: Completions,
-    reference: Completions,
-    batch: Batch,
-    *,
-    beta: Positive = 0.1,
-    score: Score = reverse_kl,
-) -> Losses:
+def ipo(policy, reference, batch, *, beta: Positive = 0.1, score: Score = reverse_kl) -> Losses:
     """(s_w / n_w - s_l / n_l - 1 / (2b))^2. Eq. 17 of https://arxiv.org/abs/2310.12036, b its tau.
 
     Token MEAN of each completion, as its authors confirmed to TRL; `ipo_sum` is the other reading.
@@ -250,14 +251,7 @@ def ipo(
     return jnp.square(margin - 1 / (2 * beta)), rewards
 
 
-def ipo_sum(
-    policy: Completions,
-    reference: Completions,
-    batch: Batch,
-    *,
-    beta: Positive = 0.1,
-    score: Score = reverse_kl,
-) -> Losses:
+def ipo_sum(policy, reference, batch, *, beta: Positive = 0.1, score: Score = reverse_kl) -> Losses:
     """(D - 1 / (2b))^2. Eq. 17 of https://arxiv.org/abs/2310.12036, b its tau.
 
     Token SUM; `ipo` is the other reading. Default: TRL's.
@@ -271,14 +265,7 @@ def ipo_sum(
     return jnp.square(margin - 1 / (2 * beta)), pair_metrics(beta * chosen, beta * rejected)
 
 
-def hinge(
-    policy: Completions,
-    reference: Completions,
-    batch: Batch,
-    *,
-    beta: Positive = 0.1,
-    score: Score = reverse_kl,
-) -> Losses:
+def hinge(policy, reference, batch, *, beta: Positive = 0.1, score: Score = reverse_kl) -> Losses:
     """max(0, 1 - b D). https://arxiv.org/abs/2309.06657, after SLiC,
     https://arxiv.org/abs/2305.10425.
 
@@ -293,9 +280,9 @@ def hinge(
 
 
 def exo_pair(
-    policy: Completions,
-    reference: Completions,
-    batch: Batch,
+    policy,
+    reference,
+    batch,
     *,
     beta: Positive = 0.1,
     label_smoothing: Annotated[float, Interval(gt=0, lt=0.5)] = 1e-3,
@@ -320,12 +307,7 @@ def exo_pair(
 
 
 def nca_pair(
-    policy: Completions,
-    reference: Completions,
-    batch: Batch,
-    *,
-    beta: Positive = 0.1,
-    score: Score = reverse_kl,
+    policy, reference, batch, *, beta: Positive = 0.1, score: Score = reverse_kl
 ) -> Losses:
     """-log sig(b s_w) - log sig(-b s_w) / 2 - log sig(-b s_l) / 2.
     https://arxiv.org/abs/2402.05369.
@@ -343,13 +325,7 @@ def nca_pair(
 
 
 def bco_pair(
-    policy: Completions,
-    reference: Completions,
-    batch: Batch,
-    *,
-    beta: Positive = 0.1,
-    delta: float = 0.0,
-    score: Score = reverse_kl,
+    policy, reference, batch, *, beta: Positive = 0.1, delta: float = 0.0, score: Score = reverse_kl
 ) -> Losses:
     """-log sig(b s_w - d) - log sig(-(b s_l - d)). https://arxiv.org/abs/2404.04656.
 
@@ -366,12 +342,7 @@ def bco_pair(
 
 
 def sppo_hard(
-    policy: Completions,
-    reference: Completions,
-    batch: Batch,
-    *,
-    beta: Positive = 0.1,
-    score: Score = reverse_kl,
+    policy, reference, batch, *, beta: Positive = 0.1, score: Score = reverse_kl
 ) -> Losses:
     """(s_w - 1 / (2b))^2 + (s_l + 1 / (2b))^2. https://arxiv.org/abs/2405.00675, with hard labels.
 
@@ -388,12 +359,7 @@ def sppo_hard(
 
 @contract.declare(batch_statistics=True)
 def aot(
-    policy: Completions,
-    reference: Completions,
-    batch: Batch,
-    *,
-    beta: Positive = 0.1,
-    label_smoothing: Smoothing = 0.0,
+    policy, reference, batch, *, beta: Positive = 0.1, label_smoothing: Smoothing = 0.0
 ) -> Losses:
     """Smoothed logistic of b (sorted p_w - p_l minus sorted reference p_w - p_l).
     https://arxiv.org/abs/2406.05882.
@@ -415,12 +381,7 @@ def aot(
 
 @contract.declare(batch_statistics=True)
 def aot_unpaired(
-    policy: Completions,
-    reference: Completions,
-    batch: Batch,
-    *,
-    beta: Positive = 0.1,
-    label_smoothing: Smoothing = 0.0,
+    policy, reference, batch, *, beta: Positive = 0.1, label_smoothing: Smoothing = 0.0
 ) -> Losses:
     """Smoothed logistic of b (sorted r_w minus sorted r_l). https://arxiv.org/abs/2406.05882.
 
@@ -437,9 +398,7 @@ def aot_unpaired(
     return logistic(margin, label_smoothing), pair_metrics(beta * chosen, beta * rejected)
 
 
-def apo_zero(
-    policy: Completions, reference: Completions, batch: Batch, *, beta: Positive = 0.1
-) -> Losses:
+def apo_zero(policy, reference, batch, *, beta: Positive = 0.1) -> Losses:
     """1 - sig(b r_w) + sig(b r_l). https://arxiv.org/abs/2408.06266.
 
     Makes the chosen likelier and the rejected less likely: for chosen completions better than the
@@ -452,9 +411,7 @@ def apo_zero(
     return losses, pair_metrics(beta * chosen, beta * rejected)
 
 
-def apo_down(
-    policy: Completions, reference: Completions, batch: Batch, *, beta: Positive = 0.1
-) -> Losses:
+def apo_down(policy, reference, batch, *, beta: Positive = 0.1) -> Losses:
     """sig(b r_w) + 1 - sig(b (r_w - r_l)). https://arxiv.org/abs/2408.06266.
 
     Makes both less likely, the rejected more so: for chosen completions worse than the policy's
@@ -467,14 +424,7 @@ def apo_down(
     return losses, pair_metrics(beta * chosen, beta * rejected)
 
 
-def discopop(
-    policy: Completions,
-    reference: Completions,
-    batch: Batch,
-    *,
-    beta: Positive = 0.1,
-    tau: Positive = 0.05,
-) -> Losses:
+def discopop(policy, reference, batch, *, beta: Positive = 0.1, tau: Positive = 0.05) -> Losses:
     """(1-k) (-log sig(z)) + k exp(-z), z = b D, k = sig(z / tau). https://arxiv.org/abs/2406.08414.
 
     The log-ratio modulated loss. k exp(-z) is taken as one exponential, finite at any z. Defaults:
@@ -491,12 +441,7 @@ def discopop(
 
 
 def dpo_norm(
-    policy: Completions,
-    reference: Completions,
-    batch: Batch,
-    *,
-    beta: Positive = 5.0,
-    score: Score = reverse_kl,
+    policy, reference, batch, *, beta: Positive = 5.0, score: Score = reverse_kl
 ) -> Losses:
     """-log sig(b (s_w / n_w - s_l / n_l)). Tulu 3, https://arxiv.org/abs/2411.15124.
 
@@ -512,14 +457,7 @@ def dpo_norm(
     return logistic(margin), pair_metrics(beta * chosen / n_chosen, beta * rejected / n_rejected)
 
 
-def dpop(
-    policy: Completions,
-    reference: Completions,
-    batch: Batch,
-    *,
-    beta: Positive = 0.1,
-    lam: NonNegative = 50.0,
-) -> Losses:
+def dpop(policy, reference, batch, *, beta: Positive = 0.1, lam: NonNegative = 50.0) -> Losses:
     """-log sig(b (r_w - r_l - lambda max(0, -r_w))). DPO-Positive,
     https://arxiv.org/abs/2402.13228.
 
@@ -534,14 +472,7 @@ def dpop(
     return logistic(margin), pair_metrics(beta * chosen, beta * rejected)
 
 
-def r_dpo(
-    policy: Completions,
-    reference: Completions,
-    batch: Batch,
-    *,
-    beta: Positive = 0.1,
-    alpha: NonNegative,
-) -> Losses:
+def r_dpo(policy, reference, batch, *, beta: Positive = 0.1, alpha: NonNegative) -> Losses:
     """-log sig(b (r_w - r_l) + a (n_w - n_l)). https://arxiv.org/abs/2403.19159.
 
     The optimum of a reward less a times the length: where the chosen is the longer one, less of a
@@ -568,14 +499,7 @@ def desensitised(completions: Completions, name: str, alpha: Any) -> jax.Array:
 
 
 @contract.declare(policy={"head": head}, reference={"head": head})
-def ld_dpo(
-    policy: Completions,
-    reference: Completions,
-    batch: Batch,
-    *,
-    beta: Positive = 0.1,
-    alpha: Fraction = 0.5,
-) -> Losses:
+def ld_dpo(policy, reference, batch, *, beta: Positive = 0.1, alpha: Fraction = 0.5) -> Losses:
     """`dpo` on sums in which tokens beyond the shorter completion's length count a.
     https://arxiv.org/abs/2409.06411.
 
@@ -594,12 +518,7 @@ def ld_dpo(
 
 @contract.declare(policy={"head": head})
 def ld_dpo_policy(
-    policy: Completions,
-    reference: Completions,
-    batch: Batch,
-    *,
-    beta: Positive = 0.1,
-    alpha: Fraction = 0.5,
+    policy, reference, batch, *, beta: Positive = 0.1, alpha: Fraction = 0.5
 ) -> Losses:
     """`ld_dpo` with the reference's sums as they are. https://arxiv.org/abs/2409.06411.
 
@@ -630,12 +549,7 @@ def on_policy_weight(policy: Completions) -> jax.Array:
 
 @contract.declare(policy={"excess": excess})
 def wpo(
-    policy: Completions,
-    reference: Completions,
-    batch: Batch,
-    *,
-    beta: Positive = 0.1,
-    label_smoothing: Smoothing = 0.0,
+    policy, reference, batch, *, beta: Positive = 0.1, label_smoothing: Smoothing = 0.0
 ) -> Losses:
     """min(w_w w_l, 1) times `dpo`, w = exp(mean over tokens of log p(y_t) - log sum_v p(v)^2).
     https://arxiv.org/abs/2406.11827.
@@ -657,9 +571,9 @@ def wpo(
 
 @contract.declare(batch_statistics=True)
 def kto(
-    policy: Completions,
-    reference: Completions,
-    batch: Batch,
+    policy,
+    reference,
+    batch,
     *,
     beta: Positive = 0.1,
     lambda_desirable: Positive = 1.0,
@@ -692,9 +606,9 @@ def kto(
 
 
 def apo_zero_unpaired(
-    policy: Completions,
-    reference: Completions,
-    batch: Batch,
+    policy,
+    reference,
+    batch,
     *,
     beta: Positive = 0.1,
     lambda_desirable: Positive = 1.0,
@@ -749,12 +663,7 @@ def classified(rewards: jax.Array, delta: jax.Array, desirable: jax.Array) -> ja
 
 @contract.declare(batch_statistics=True, state=no_values_of_either)
 def bco(
-    policy: Completions,
-    reference: Completions,
-    batch: Batch,
-    state: tuple[RunningMean, RunningMean],
-    *,
-    beta: Positive = 0.1,
+    policy, reference, batch, state: tuple[RunningMean, RunningMean], *, beta: Positive = 0.1
 ) -> tuple[jax.Array, dict[str, jax.Array], tuple[RunningMean, RunningMean]]:
     """-log sig(b r - d) where desirable, -log sig(-(b r - d)) where not.
     https://arxiv.org/abs/2404.04656.
@@ -776,12 +685,7 @@ def bco(
 
 @contract.declare(batch_statistics=True, state=no_values)
 def bco_joint(
-    policy: Completions,
-    reference: Completions,
-    batch: Batch,
-    state: RunningMean,
-    *,
-    beta: Positive = 0.1,
+    policy, reference, batch, state: RunningMean, *, beta: Positive = 0.1
 ) -> tuple[jax.Array, dict[str, jax.Array], RunningMean]:
     """`bco` with d the one running mean over all examples. https://arxiv.org/abs/2404.04656.
 
@@ -799,9 +703,9 @@ def bco_joint(
 
 @contract.declare(batch_statistics=True, state=no_values)
 def bco_weighted(
-    policy: Completions,
-    reference: Completions,
-    batch: Batch,
+    policy,
+    reference,
+    batch,
     state: RunningMean,
     *,
     beta: Positive = 0.1,
@@ -836,7 +740,7 @@ def odds_ratio(policy: Completions, lam: Any) -> Losses:
     return lam * logistic(log_odds_ratio), metrics | {"log_odds_ratio": log_odds_ratio}
 
 
-def orpo(policy: Completions, reference: None, batch: Batch, *, lam: NonNegative = 0.1) -> Losses:
+def orpo(policy, reference, batch, *, lam: NonNegative = 0.1) -> Losses:
     """-m_w - lambda log sig(log odds(m_w) - log odds(m_l)), odds(m) = exp(m) / (1 - exp(m)).
     https://arxiv.org/abs/2403.07691.
 
@@ -852,9 +756,7 @@ def orpo(policy: Completions, reference: None, batch: Batch, *, lam: NonNegative
 
 
 @contract.declare(prompt=True)
-def orpo_prompt(
-    policy: Completions, reference: None, batch: Batch, *, lam: NonNegative = 0.1
-) -> Losses:
+def orpo_prompt(policy, reference, batch, *, lam: NonNegative = 0.1) -> Losses:
     """`orpo` with the NLL over prompt and chosen completion. https://arxiv.org/abs/2403.07691.
 
     The prompt's first token, which nothing predicts, is left out. The example's own token mean,
@@ -869,14 +771,7 @@ def orpo_prompt(
     return nll + losses, metrics | {"nll": nll}
 
 
-def simpo(
-    policy: Completions,
-    reference: None,
-    batch: Batch,
-    *,
-    beta: Positive = 2.0,
-    gamma: NonNegative = 1.6,
-) -> Losses:
+def simpo(policy, reference, batch, *, beta: Positive = 2.0, gamma: NonNegative = 1.6) -> Losses:
     """-log sig(b (m_w - m_l) - gamma). Eq. 6 of https://arxiv.org/abs/2405.14734.
 
     Token MEAN; rewards are b m. Defaults: the paper's for Mistral-7B-Base (gamma / b = 0.8).
@@ -891,9 +786,9 @@ def simpo(
 
 
 def alphapo(
-    policy: Completions,
-    reference: None,
-    batch: Batch,
+    policy,
+    reference,
+    batch,
     *,
     beta: Positive = 2.5,
     gamma: NonNegative = 0.25,
@@ -919,9 +814,9 @@ def alphapo(
 
 
 def cpo(
-    policy: Completions,
-    reference: None,
-    batch: Batch,
+    policy,
+    reference,
+    batch,
     *,
     beta: Positive = 0.1,
     label_smoothing: Smoothing = 0.0,
@@ -943,14 +838,7 @@ def cpo(
     return losses, pair_metrics(beta * chosen, beta * rejected) | {"nll": nll}
 
 
-def tpo(
-    policy: Completions,
-    reference: None,
-    batch: Batch,
-    *,
-    beta: Positive = 0.01,
-    alpha: NonNegative = 1.0,
-) -> Losses:
+def tpo(policy, reference, batch, *, beta: Positive = 0.01, alpha: NonNegative = 1.0) -> Losses:
     """-log sig(b (p_w - p_l)) - a m_g, g a gold completion. https://arxiv.org/abs/2405.16681.
 
     Needs examples of kind triples. Token sum in the first part, the gold completion's own token
@@ -966,7 +854,7 @@ def tpo(
     return losses, pair_metrics(beta * chosen, beta * rejected) | {"nll": nll}
 
 
-def unlikelihood(policy: Completions, reference: None, batch: Batch, *, alpha: Fraction) -> Losses:
+def unlikelihood(policy, reference, batch, *, alpha: Fraction) -> Losses:
     """-p_w + a p_l. The unlikelihood baseline of https://arxiv.org/abs/2305.18290, section 6.
 
     Unbounded below, as the paper says. Rewards are totals.
@@ -977,7 +865,7 @@ def unlikelihood(policy: Completions, reference: None, batch: Batch, *, alpha: F
     return alpha * rejected - chosen, pair_metrics(chosen, rejected)
 
 
-def preferred_ft(policy: Completions, reference: None, batch: Batch) -> Losses:
+def preferred_ft(policy, reference, batch) -> Losses:
     """-m_w. The Preferred-FT baseline of https://arxiv.org/abs/2305.18290, section 6.
 
     Token MEAN of each example, then the mean over examples; rewards are totals.
@@ -990,7 +878,7 @@ def preferred_ft(policy: Completions, reference: None, batch: Batch) -> Losses:
 # Losses of other data
 
 
-def sft(policy: Completions, reference: None, batch: Batch) -> Losses:
+def sft(policy, reference, batch) -> Losses:
     """-m. Supervised fine-tuning, section 3 of https://arxiv.org/abs/2305.18290.
 
     Token MEAN of each example, then the mean over examples. TRL and Hugging Face take the mean over
@@ -999,9 +887,7 @@ def sft(policy: Completions, reference: None, batch: Batch) -> Losses:
     return -mean_logp(policy, "completion"), {}
 
 
-def plackett_luce(
-    policy: Completions, reference: Completions, batch: Batch, *, beta: Positive = 0.1
-) -> Losses:
+def plackett_luce(policy, reference, batch, *, beta: Positive = 0.1) -> Losses:
     """-sum_i log(exp(b r_i) / sum_{j >= i} exp(b r_j)) over completions ranked best first. Eq. 20
     of https://arxiv.org/abs/2305.18290.
 
@@ -1012,12 +898,10 @@ def plackett_luce(
     """
     count = max(sum(name.startswith("completion_") for name in policy), 2)
     ratios = [log_ratio(policy, reference, f"completion_{place}") for place in range(count)]
-    # each against the log of the sum of all after it, from the worst upwards; relative to the
-    # best, so that nothing large is rounded
-    rest, losses = beta * (ratios[-1] - ratios[0]), jnp.zeros_like(ratios[0])
-    for ratio in reversed(ratios[:-1]):
-        own = beta * (ratio - ratios[0])
-        losses, rest = losses + logistic(own - rest), jnp.logaddexp(own, rest)
+    losses = jnp.zeros_like(ratios[0])
+    for place, own in enumerate(ratios[:-1]):
+        behind = jnp.stack([other - own for other in ratios[place + 1 :]])
+        losses += jax.nn.softplus(scaled_logsumexp(behind, beta))
     return losses, pair_metrics(beta * ratios[0], beta * ratios[-1])
 
 
@@ -1025,9 +909,9 @@ def plackett_luce(
 
 
 def mpo(
-    policy: Completions,
-    reference: Completions,
-    batch: Batch,
+    policy,
+    reference,
+    batch,
     *,
     beta: Positive = 0.1,
     preference: NonNegative = 0.8,
@@ -1051,14 +935,7 @@ def mpo(
     )
 
 
-def rpo(
-    policy: Completions,
-    reference: Completions,
-    batch: Batch,
-    *,
-    beta: Positive = 0.1,
-    alpha: NonNegative = 0.005,
-) -> Losses:
+def rpo(policy, reference, batch, *, beta: Positive = 0.1, alpha: NonNegative = 0.005) -> Losses:
     """`dpo` + a `preferred_ft`. https://arxiv.org/abs/2405.16436.
 
     The NLL is the example's own token mean. Default a: the paper's.
