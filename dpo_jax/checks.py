@@ -64,18 +64,14 @@ def of_type(value: Any, annotation: Any) -> bool:
 
 def check_range(value: Any, constraint: Any, name: str) -> None:
     """Raises ValueError unless the number meets an annotated_types constraint."""
-    if isinstance(constraint, Interval):
-        for part in constraint:
-            check_range(value, part, name)
-        return
     tests: dict[type, Callable[[Any], bool]] = {
         Gt: lambda c: value > c.gt,
         Ge: lambda c: value >= c.ge,
         Lt: lambda c: value < c.lt,
         Le: lambda c: value <= c.le,
     }
-    test = tests.get(type(constraint))
-    if test is not None and not test(constraint):
+    parts = constraint if isinstance(constraint, Interval) else [constraint]
+    if not all(tests[type(part)](part) for part in parts if type(part) in tests):
         raise ValueError(f"{name} is {value!r}; it must be {bound(constraint)}")
 
 

@@ -97,10 +97,12 @@ class Data:
     # examples set apart from the source for evaluation, where evaluation_source is None
     held_out: CountOrZero = 0
     # the rows' form; None: recognised from the fields of the first row, an error where two fit
-    form: Literal["pairs", "transcripts", "unpaired", "judged", "text"] | None = None
-    # what one training example is: chosen and rejected, one labelled completion (KTO), or one
-    # completion (SFT)
-    examples: Literal["pairs", "unpaired", "sft"] = "pairs"
+    form: (
+        Literal["pairs", "triples", "ranked", "transcripts", "unpaired", "judged", "text"] | None
+    ) = None
+    # what one training example is: chosen and rejected, these and a gold completion (TPO), k
+    # completions ranked best first, one labelled completion (KTO), or one completion (SFT)
+    examples: Literal["pairs", "triples", "ranked", "unpaired", "sft"] = "pairs"
     # a folder, a tokenizer.json or a hub name; None: the one that lies beside the model
     tokenizer: str | None = None
     # a Jinja file with the chat template; None: the tokenizer's own

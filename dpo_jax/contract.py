@@ -84,8 +84,8 @@ class _Completions(dict):
     def __missing__(self, name: str):
         raise ValueError(
             f"loss {self.loss} reads the completion {name!r}, and the data give "
-            f"{', '.join(sorted(self))}: "
-            "set --data.examples to pairs (chosen, rejected), unpaired (completion, mismatched) or "
+            f"{', '.join(sorted(self))}: set --data.examples to pairs (chosen, rejected), triples "
+            "(these and gold), ranked (completion_0 and on), unpaired (completion, mismatched) or "
             "sft (completion)"
         )
 

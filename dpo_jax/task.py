@@ -20,7 +20,8 @@ from dpo_jax.model import config as model_config
 
 SOURCE = "builtin"
 SFT_FILE = Path(__file__).parent.parent / "experiments" / "sft.py"
-PAIR_FIELDS = ("prefixes", "held_out_prefixes", "completions", "pairs_per_prefix")
+SAMPLE_FIELDS = ("prefixes", "held_out_prefixes", "completions")
+PAIRED_KINDS = ("pairs", "unpaired")
 HELD_OUT_REVIEWS = 256
 # tokens that a review may have; the longest of the grammar has fewer
 MAX_TOKENS = 80
@@ -53,7 +54,8 @@ def prepare(experiment: config.Experiment) -> config.Experiment:
     if data.tokenizer is None and initial.tokenizer_of(source) is None:
         data = dataclasses.replace(data, tokenizer=str(make_corpus(task) / "tokenizer"))
     if data.source == SOURCE:
-        rows = make_corpus(task) if data.examples == "sft" else make_pairs(task, source, data)
+        is_sft = data.examples == "sft"
+        rows = make_corpus(task) if is_sft else make_preferences(task, source, data)
         data = dataclasses.replace(
             data,
             source=str(rows / "train.jsonl"),
@@ -65,15 +67,16 @@ def prepare(experiment: config.Experiment) -> config.Experiment:
 
 def check_read(experiment: config.Experiment) -> None:
     """Raises ValueError for a number of task.* that is set and that nothing reads."""
-    makes_pairs = experiment.data.source == SOURCE and experiment.data.examples != "sft"
+    samples = experiment.data.source == SOURCE and experiment.data.examples != "sft"
     makes_corpus = experiment.model.source == SOURCE or (
         experiment.data.source == SOURCE and experiment.data.examples == "sft"
     )
     unread = {
         **dict.fromkeys(("model",), experiment.model.source != SOURCE),
         **dict.fromkeys(("reviews",), not makes_corpus),
-        **dict.fromkeys(PAIR_FIELDS, not makes_pairs),
-        "seed": not makes_corpus and not makes_pairs,
+        **dict.fromkeys(SAMPLE_FIELDS, not samples),
+        "pairs_per_prefix": not samples or experiment.data.examples not in PAIRED_KINDS,
+        "seed": not makes_corpus and not samples,
     }
     for name, is_unread in unread.items():
         value = getattr(experiment.task, name)
@@ -113,16 +116,51 @@ def make_sft(task: config.Task, log: config.Log) -> Path:
     return folder
 
 
-def make_pairs(task: config.Task, source: str, data: config.Data) -> Path:
-    """Folder of pairs for training and evaluation, sampled from a model and ranked by the
-    ground-truth reward.
+def make_preferences(task: config.Task, source: str, data: config.Data) -> Path:
+    """Folder of preference rows for training and evaluation: completions sampled from a model and
+    ranked by the ground-truth reward.
+    """
+    samples = make_samples(task, source, data)
+    as_pairs = data.examples in PAIRED_KINDS
+    kind = "pairs" if as_pairs else data.examples
+    folder = cached(kind, [samples.name, task.pairs_per_prefix if as_pairs else None])
+    with filelock.FileLock(f"{folder}.lock"):
+        if not (folder / "train.jsonl").exists():
+            for name in ("held_out", "train"):
+                sampled = (samples / f"{name}.jsonl").read_text().splitlines()
+                rows = [row for line in sampled for row in rank(json.loads(line), kind, task)]
+                if not rows:
+                    raise ValueError(
+                        f"the {name} completions that {source} writes have too few different "
+                        f"rewards for {kind} to learn from: train it longer, or take more "
+                        "--task.prefixes or --task.completions"
+                    )
+                write_rows(folder / f"{name}.jsonl", rows)
+    return folder
+
+
+def rank(sampled: dict, kind: str, task: config.Task) -> list:
+    """The preference rows of a kind that a prompt's completions give."""
+    prompt, completions = sampled["prompt"], sampled["completions"]
+    if kind == "pairs":
+        return builtin.rank_pairs(prompt, completions, task.pairs_per_prefix)
+    three = builtin.rank_three(prompt, completions)
+    if not three:
+        return []
+    if kind == "ranked":
+        return [{"prompt": prompt, "completions": three}]
+    return [{"prompt": prompt, **dict(zip(("gold", "chosen", "rejected"), three, strict=True))}]
+
+
+def make_samples(task: config.Task, source: str, data: config.Data) -> Path:
+    """Folder of prefixes and the completions that a model writes to them, for training and
+    evaluation.
     """
     mesh = sharding.make_mesh(config.Mesh(), jax.devices())
     model = initial.load(source, config.Model(dtype="float32"), task.seed, mesh)
     words = tokenizer.load_tokenizer(data, model.tokenizer)
-    sizes = [getattr(task, name) for name in (*PAIR_FIELDS, "seed")]
-    identity = [reference.fingerprint(model.params), words.fingerprint, *sizes]
-    folder = cached("pairs", identity)
+    sizes = [getattr(task, name) for name in (*SAMPLE_FIELDS, "seed")]
+    folder = cached("samples", [reference.fingerprint(model.params), words.fingerprint, *sizes])
     with filelock.FileLock(f"{folder}.lock"):
         if not (folder / "train.jsonl").exists():
             print(
@@ -130,29 +168,20 @@ def make_pairs(task: config.Task, source: str, data: config.Data) -> Path:
                 f"{folder}"
             )
             prefixes = builtin.prefixes(task.prefixes + task.held_out_prefixes, task.seed)
-            rows = sample_pairs(task, model, words, prefixes, mesh)
-            if not rows:
-                raise ValueError(
-                    f"the completions that {source} writes all have one reward, so there is no "
-                    "pair to learn from: train it longer, or take more --task.prefixes or "
-                    "--task.completions"
-                )
-            held_out = set(prefixes[task.prefixes :])
-            kept_apart = [row for row in rows if row["prompt"] in held_out]
-            write_rows(folder / "held_out.jsonl", kept_apart)
-            train_on = [row for row in rows if row["prompt"] not in held_out]
-            write_rows(folder / "train.jsonl", train_on)
+            rows = sample(task, model, words, prefixes, mesh)
+            write_rows(folder / "held_out.jsonl", rows[task.prefixes :])
+            write_rows(folder / "train.jsonl", rows[: task.prefixes])
     return folder
 
 
-def sample_pairs(
+def sample(
     task: config.Task,
     model: initial.Initial,
     words: tokenizer.Tokenizer,
     prefixes: list[str],
     mesh,
-) -> list[builtin.Pair]:
-    """Ranked pairs of every prefix's completions; those that did not end are left out."""
+) -> list[dict]:
+    """The completions of every prefix; those that did not end are left out."""
     bos = [] if words.bos_id is None else [words.bos_id]
     prompts = [bos + words.encode(prefix) for prefix in prefixes for _ in range(task.completions)]
     sampled = generate.complete(
@@ -169,12 +198,9 @@ def sample_pairs(
     rows = []
     for number, prefix in enumerate(prefixes):
         own = sampled[number * task.completions : (number + 1) * task.completions]
-        texts = [
-            words.decode_plain(tokens[:-1])
-            for tokens in own
-            if tokens and tokens[-1] == words.eos_id
-        ]
-        rows += builtin.rank_pairs(prefix, texts, task.pairs_per_prefix)
+        ended = [tokens for tokens in own if tokens and tokens[-1] == words.eos_id]
+        texts = [words.decode_plain(tokens[:-1]) for tokens in ended]
+        rows.append({"prompt": prefix, "completions": texts})
     return rows
 
 

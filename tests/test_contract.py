@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import contract, losses
+from dpo_jax import contract, logps, losses
 
 PAIRS = ("chosen", "rejected")
 UNPAIRED = ("completion", "mismatched")
@@ -28,6 +28,14 @@ def margin(policy, reference):
         (losses.ipo_sum, PAIRS, (), True),
         (losses.kto, UNPAIRED, ("desirable",), True),
         (losses.orpo, PAIRS, (), False),
+        (losses.orpo_prompt, PAIRS, (), False),
+        (losses.ld_dpo, PAIRS, (), True),
+        (losses.wpo, PAIRS, (), True),
+        (losses.aot, PAIRS, (), True),
+        (losses.bco, UNPAIRED, ("desirable",), True),
+        (losses.bco_weighted, UNPAIRED, ("desirable", "density_ratio"), True),
+        (losses.tpo, ("chosen", "gold", "rejected"), (), False),
+        (losses.plackett_luce, ("completion_0", "completion_1", "completion_2"), (), True),
         (losses.sft, ("completion",), (), False),
     ],
 )
@@ -218,3 +226,58 @@ def test_weighted_sums_leave_out_nan_metrics_and_empty_slots():
 def test_a_nan_loss_of_an_example_that_is_there_is_not_hidden():
     sums = contract.weighted_sums(jnp.array([1.0, jnp.nan]), {}, jnp.ones(2))
     assert np.isnan(sums["loss"][0])
+
+
+def test_a_declared_statistic_and_the_prompt_reach_the_loss():
+    @contract.declare(policy={"head": losses.head}, prompt=True)
+    def loss(policy, reference, batch):
+        assert set(policy["chosen"].statistics) == {"head"} and not reference["chosen"].statistics
+        return policy["prompt"].total + policy["chosen"].statistics["head"] - margin(
+            policy, reference
+        ), {}
+
+    check(loss)
+
+
+def test_a_statistic_that_is_not_declared_is_not_there():
+    def loss(policy, reference, batch):
+        return policy["chosen"].statistics["head"] - margin(policy, reference), {}
+
+    with pytest.raises(KeyError, match="head"):
+        check(loss)
+
+
+def test_examples_that_meet_through_a_statistic_are_found():
+    @contract.declare(policy={"head": losses.head})
+    def loss(policy, reference, batch):
+        return margin(policy, reference) - policy["chosen"].statistics["head"].mean(), {}
+
+    with pytest.raises(ValueError, match="changes with other examples"):
+        check(loss)
+
+
+def test_a_loss_with_a_state_is_called_with_it_and_one_without_passes_it_on():
+    @contract.declare(state=lambda: jnp.zeros(()))
+    def counting(policy, reference, batch, state, *, beta):
+        return beta * margin(policy, reference), {}, state + 1
+
+    check(counting, beta=2.0)
+    policy = {name: logps.Logps(jnp.arange(2.0), jnp.ones(2, int)) for name in PAIRS}
+    *_, state = contract.with_state(counting, beta=2.0)(policy, policy, {}, jnp.ones(()))
+    assert state == 2
+    found, metrics, state = contract.with_state(losses.dpo, beta=0.5)(policy, policy, {}, ())
+    assert state == () and set(metrics) and found.shape == (2,)
+
+
+def test_a_statistic_by_the_name_of_the_total_is_refused():
+    @contract.declare(policy={"total": losses.head})
+    def loss(policy, reference, batch):
+        return margin(policy, reference), {}
+
+    with pytest.raises(ValueError, match="statistic 'total', which is the name"):
+        check(loss)
+
+
+def test_a_completion_by_the_name_of_the_prompt_is_refused():
+    with pytest.raises(ValueError, match="the data give a completion of that name"):
+        check(losses.orpo_prompt, (*PAIRS, "prompt"), has_reference=False)

@@ -182,7 +182,7 @@ def test_help_shows_every_field_with_its_comment(file, capsys):
         (["--optimizer.kind", "adam"], ["'--optimizer.kind'", "'adam'", "'adamw', 'rmsprop'"]),
         (["--loss.beta", "-1"], ["loss.beta is -1.0; it must be > 0"]),
         (["--steps", "0"], ["steps is 0; it must be >= 1"]),
-        (["--data.label-noise", "2"], ["data.label_noise is 2.0; it must be <= 1"]),
+        (["--data.label-noise", "2"], ["data.label_noise is 2.0; it must be >= 0 and <= 1"]),
         (["--steps"], ["Missing value for argument '--steps'"]),
         (["stray"], ["Unrecognized options: stray"]),
     ],

@@ -12,6 +12,8 @@ GOOD = {"role": "assistant", "content": "good"}
 BAD = {"role": "assistant", "content": "bad"}
 PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
 UNPAIRED = {"prompt": "p", "completion": "c", "label": True}
+TRIPLE = {**PAIR, "gold": "g"}
+RANKED = {"prompt": "p", "completions": ["a", "b", "c"]}
 JUDGED = {"instruction": "i", "output_1": "one", "output_2": "two", "preference": 1.2}
 
 
@@ -39,11 +41,12 @@ def message_of(row, kind="pairs", **fields):
 
 def test_a_pair_of_strings_is_taken_as_it_stands():
     example = one({"prompt": "Q:", "chosen": " yes", "rejected": " no ", "more": 1})
-    assert example == ("Q:", {"chosen": " yes", "rejected": " no "}, None, "rows.jsonl:1")
+    expected = ("Q:", {"chosen": " yes", "rejected": " no "}, None, "rows.jsonl:1", None)
+    assert example == expected
 
 
 def test_a_pair_of_messages_stays_messages_and_its_strings_become_messages():
-    expected = ([USER], {"chosen": [GOOD], "rejected": [BAD]}, None, "rows.jsonl:1")
+    expected = ([USER], {"chosen": [GOOD], "rejected": [BAD]}, None, "rows.jsonl:1", None)
     assert one({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}) == expected
     assert one({"prompt": [USER], "chosen": "good", "rejected": "bad"}) == expected
     assert one({"prompt": "hi", "chosen": [GOOD], "rejected": [BAD]}) == expected
@@ -179,14 +182,14 @@ def test_an_unknown_preference_is_refused(value):
 
 def test_an_unpaired_row_keeps_its_label():
     example = one({**UNPAIRED, "label": False}, "unpaired")
-    assert example == ("p", {"completion": "c"}, False, "rows.jsonl:1")
+    assert example == ("p", {"completion": "c"}, False, "rows.jsonl:1", None)
 
 
 def test_a_pair_gives_a_desirable_and_an_undesirable_example_of_the_same_row():
     found, _ = formats.examples(rows_of(PAIR), config.Data(), "unpaired")
     assert found == [
-        ("p", {"completion": "c"}, True, "rows.jsonl:1"),
-        ("p", {"completion": "r"}, False, "rows.jsonl:1"),
+        ("p", {"completion": "c"}, True, "rows.jsonl:1", None),
+        ("p", {"completion": "r"}, False, "rows.jsonl:1", None),
     ]
 
 
@@ -229,6 +232,8 @@ def test_a_kind_that_a_form_cannot_give_is_refused(row, kind):
         ({"prompt": "p", "chosen": [GOOD], "rejected": [BAD]}, "pairs"),
         (UNPAIRED, "unpaired"),
         (JUDGED, "judged"),
+        (TRIPLE, "triples"),
+        (RANKED, "ranked"),
         ({"text": "t"}, "text"),
         ({"prompt": "p", "completion": "c"}, "text"),
     ],
@@ -256,8 +261,87 @@ def test_two_forms_that_fit_have_to_be_chosen_from(row, forms):
 def test_no_form_that_fits_lists_the_fields_and_the_forms():
     with pytest.raises(ValueError) as error:
         formats.form_of(rows_of({"question": "q", "best": "b"}), config.Data())
-    for part in ("question, best", "pairs", "transcripts", "unpaired", "judged", "text"):
+    for part in ("question, best", *formats.PARSERS):
         assert part in str(error.value)
+
+
+def test_a_triple_has_a_gold_completion_and_gives_a_pair_too():
+    assert one(TRIPLE, "triples").completions == {"gold": "g", "chosen": "c", "rejected": "r"}
+    assert one(TRIPLE, "pairs").completions == {"chosen": "c", "rejected": "r"}
+    messages = {**TRIPLE, "prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "gold": [GOOD]}
+    assert one(messages, "triples").completions["gold"] == [GOOD]
+
+
+def test_ranked_completions_are_best_first_or_in_the_order_of_their_scores():
+    named = {"completion_0": "a", "completion_1": "b", "completion_2": "c"}
+    assert one(RANKED, "ranked").completions == named
+    scored = {**RANKED, "completions": ["b", "c", "a"], "scores": [0.5, -1, 2]}
+    assert one(scored, "ranked").completions == named
+    chat = one({**RANKED, "completions": ["a", [GOOD]]}, "ranked")
+    assert chat.prompt == [{"role": "user", "content": "p"}]
+    assert chat.completions == {
+        "completion_0": [{"role": "assistant", "content": "a"}],
+        "completion_1": [GOOD],
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "reason", "parts"),
+    [
+        ("triples", {**TRIPLE, "gold": " "}, "empty completion", ["'gold'", "' '"]),
+        ("triples", {**TRIPLE, "gold": [GOOD]}, "wrong type", ["'gold'", "list", "a string"]),
+        ("ranked", {**RANKED, "completions": ["a"]}, "number of completions", ["1 of them"]),
+        ("ranked", {**RANKED, "completions": list("abcdefghijk")}, "number of completions", ["11"]),
+        ("ranked", {**RANKED, "completions": "abc"}, "wrong type", ["'completions' is 'abc'"]),
+        (
+            "ranked",
+            {**RANKED, "completions": ["a", "b"]},
+            "another number of completions",
+            ["2 of them", "first row 3"],
+        ),
+        (
+            "ranked",
+            {**RANKED, "completions": ["a", "b", "a"]},
+            "equal completions",
+            ["completions[0] and completions[2]", "'a'"],
+        ),
+        (
+            "ranked",
+            {**RANKED, "completions": ["a", "", "c"]},
+            "empty completion",
+            ["'completions[1]'"],
+        ),
+        ("ranked", {**RANKED, "scores": [1, 2, 2]}, "scores that do not rank", ["[1, 2, 2]"]),
+        ("ranked", {**RANKED, "scores": [1, 2]}, "scores that do not rank", ["3 completions"]),
+        ("ranked", {**RANKED, "scores": [1, 2, "x"]}, "wrong type", ["'scores[2]' is 'x'"]),
+        (
+            "unpaired",
+            {**UNPAIRED, "density_ratio": 2.0},
+            "density_ratio in some rows",
+            ["'density_ratio' is 2.0", "first row None"],
+        ),
+        (
+            "unpaired",
+            {**UNPAIRED, "density_ratio": -1},
+            "density_ratio not positive",
+            ["'density_ratio' is -1"],
+        ),
+    ],
+)
+def test_a_row_of_a_further_form_that_cannot_be_used_is_an_error_or_counted(
+    kind, row, reason, parts
+):
+    good = {"triples": TRIPLE, "ranked": RANKED, "unpaired": UNPAIRED}[kind]
+    with pytest.raises(ValueError) as error:
+        formats.examples(rows_of(good, row), config.Data(), kind)
+    for part in ("rows.jsonl:2: ", "--data.bad-rows drop", *parts):
+        assert part in str(error.value)
+    found, drops = formats.examples(rows_of(good, row), config.Data(bad_rows="drop"), kind)
+    assert len(found) == 1 and drops == {reason: 1}
+
+
+def test_a_density_ratio_is_kept():
+    assert one({**UNPAIRED, "density_ratio": 3}, "unpaired").density_ratio == 3
 
 
 @pytest.mark.parametrize(

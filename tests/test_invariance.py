@@ -4,6 +4,7 @@ A tiny decoder in float32. Every way is compared with the plainest: one device, 
 packed, a live reference. Tolerance: 1e-4 of the largest element of each parameter's gradient.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,22 +23,47 @@ MODEL = decoder.Decoder(PRESETS["tiny"])
 TOLERANCE = 1e-4
 EXAMPLES = 24
 NAMES = ("completion", "mismatched")
-score = functools.partial(logps.score, MODEL)
+# of each kind of need one: none, token means, a reference-free one, the prompt's tokens, statistics
+# of tokens under both, under the policy alone, and of the batch, and a state
+LOSSES = ("dpo", "ipo", "orpo", "orpo_prompt", "ld_dpo", "wpo", "aot", "kto", "bco")
+OF_THE_BATCH = ("aot", "kto", "bco")
 
 
-def all_losses(policy, anchor, batch, *, dpo: Any, ipo: Any, orpo: Any, kto: Any):
+@contract.declare(
+    batch_statistics=True,
+    policy={"head": losses.head, "excess": losses.excess},
+    reference={"head": losses.head},
+    prompt=True,
+    state=contract.needs(losses.bco).state,
+)
+def all_losses(policy, anchor, batch, state, **weights):
     """A weighted sum of the losses, so that one compiled program serves each of them.
 
-    The two completions of an example are a pair to the first three.
+    The two completions of an example are a pair to those that read pairs.
     """
     pair, pair_anchor = (
-        {"chosen": side["completion"], "rejected": side["mismatched"]} for side in (policy, anchor)
+        {"chosen": side["completion"], "rejected": side["mismatched"], **side}
+        for side in (policy, anchor)
     )
     of_kto, metrics = losses.kto(policy, anchor, batch)
-    values = dpo * losses.dpo(pair, pair_anchor, batch)[0]
-    values += ipo * losses.ipo(pair, pair_anchor, batch)[0]
-    values += orpo * losses.orpo(pair, None, batch)[0]
-    return values + kto * of_kto, {"kl": metrics["kl"]}
+    of_bco, _, state = losses.bco(policy, anchor, batch, state)
+    found = {"kto": of_kto, "bco": of_bco}
+    for name in LOSSES:
+        if name not in found:
+            found[name] = getattr(losses, name)(pair, pair_anchor, batch)[0]
+    values = sum(weights[name] * found[name] for name in LOSSES)
+    return values, {"kl": metrics["kl"]}, state
+
+
+NEEDS = contract.needs(all_losses)
+score = functools.partial(logps.score, MODEL, statistics=NEEDS.policy)
+
+
+# BCO's running means after some steps: mean and count of the desirable, and of the undesirable
+BASELINES = (
+    losses.RunningMean(jnp.float32(0.2), jnp.float32(30)),
+    losses.RunningMean(jnp.float32(-0.3), jnp.float32(50)),
+)
 
 
 class Way(NamedTuple):
@@ -51,14 +77,12 @@ class Way(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Of one loss: its value, KTO's KL, and the gradient."""
+    """Of one loss: its value, KTO's KL, BCO's next state, and the gradient."""
 
     loss: float
     kl: float
+    state: list[float]
     gradient: dict
-
-
-LOSSES = ("dpo", "ipo", "orpo", "kto")
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +94,8 @@ def compute(draw_examples, draw_params) -> Callable[[Way], dict[str, Result]]:
 
     def load_table() -> reference.Table:
         mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
-        plan = pack.plan(data, 8, 1, seed=0)
-        return reference.load_table(MODEL, anchor, "invariance", data, plan, mesh)
+        plan = pack.plan(data, 8, 1, seed=0, scores_prompt=True)
+        return reference.load_table(MODEL, anchor, "invariance", data, plan, mesh, NEEDS.reference)
 
     @functools.cache
     def compute(way: Way) -> dict[str, Result]:
@@ -80,13 +104,14 @@ def compute(draw_examples, draw_params) -> Callable[[Way], dict[str, Result]]:
         batch = make_batch(data, sharding.batch_shards(mesh) * way.microbatches, way.packed)
         if way.cached:
             batch = reference.with_table(batch, load_table())
-        live = functools.partial(reference.live, score)
+        score_live = functools.partial(logps.score, MODEL, statistics=NEEDS.reference)
+        live = functools.partial(reference.live, score_live)
         score_reference = reference.cached if way.cached else live
         scoring = train_step.Scoring(score, score_reference, contract.with_state(all_losses))
         run: Any = jax.jit(functools.partial(way.accumulate, scoring))
         where, placed = sharding.put_batch(batch, mesh), sharding.place(policy, mesh)
         other = None if way.cached else sharding.place(anchor, mesh)
-        state = train_step.TrainState(jnp.int32(0), placed, None)
+        state = train_step.TrainState(jnp.int32(0), placed, None, BASELINES)
         found = {name: as_result(*run(state, other, where, only(name))) for name in LOSSES}
         assert run._cache_size() == 1
         return found
@@ -100,10 +125,10 @@ def only(loss: str) -> dict[str, jax.Array]:
 
 
 def make_batch(data, parts: int, packed: bool) -> dict:
-    plan = pack.plan(data, EXAMPLES, parts, seed=0)
+    plan = pack.plan(data, EXAMPLES, parts, seed=0, scores_prompt=True)
     if not packed:
         shape = plan.ladder[-1]._replace(rows=EXAMPLES, examples=1)
-        plan = pack.Plan(EXAMPLES, parts, 0, (shape,))
+        plan = dataclasses.replace(plan, ladder=(shape,))
     batch = pack.batch(data, plan, 0)
     assert batch["weight"].sum() == EXAMPLES
     assert len(batch["tokens"]) < EXAMPLES if packed else len(batch["tokens"]) == EXAMPLES
@@ -112,7 +137,8 @@ def make_batch(data, parts: int, packed: bool) -> dict:
 
 def as_result(gradient, sums: train_step.Sums) -> Result:
     found, kl = (jax.device_get(sums.metrics[name]) for name in ("loss", "kl"))
-    return Result(found[0] / found[1], kl[0] / kl[1], jax.device_get(gradient))
+    state = [float(leaf) for leaf in jax.tree.leaves(sums.loss_state)]
+    return Result(found[0] / found[1], kl[0] / kl[1], state, jax.device_get(gradient))
 
 
 def deviation(found: Result, expected: Result) -> float:
@@ -138,7 +164,7 @@ WAYS = {
 
 
 def of_each_microbatch(way: Way) -> bool:
-    """Whether KTO has the KL of each microbatch, and so another loss."""
+    """Whether batch statistics are of each microbatch, and so the loss another."""
     return way.microbatches > 1 and "microbatched" in way.accumulate.__qualname__
 
 
@@ -153,12 +179,15 @@ FAST += ("one example a row", "cached reference")
 )
 def test_loss_and_gradient_are_those_of_the_plainest_way(name, compute):
     expected, found = compute(Way()), compute(WAYS[name])
-    compared = [loss for loss in LOSSES if loss != "kto" or not of_each_microbatch(WAYS[name])]
+    left_out = OF_THE_BATCH if of_each_microbatch(WAYS[name]) else ()
+    compared = [loss for loss in LOSSES if loss not in left_out]
     deviations = {loss: deviation(found[loss], expected[loss]) for loss in compared}
     print(f"{name}: {deviations}")
     assert max(deviations.values()) < TOLERANCE, deviations
     if "kto" in compared:
         assert found["kto"].kl == pytest.approx(expected["kto"].kl, rel=TOLERANCE)
+    # the microbatches' states follow each other to where the whole batch's goes
+    assert found["bco"].state == pytest.approx(expected["bco"].state, rel=TOLERANCE)
 
 
 def test_the_losses_compared_have_gradients_that_differ_and_a_kl(compute):

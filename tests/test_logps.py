@@ -186,3 +186,56 @@ def test_sums_go_by_slot_within_each_row():
     values = jnp.array([[1.0, 2.0, 4.0, 8.0], [16.0, 32.0, 64.0, 128.0]])
     slot = jnp.array([[1, 2, 1, 0], [3, 0, 3, 1]])
     assert logps.sum_slots(values, slot, 3).tolist() == [[5.0, 2.0, 0.0], [128.0, 0.0, 80.0]]
+
+
+def test_statistics_are_sums_over_each_completions_tokens_whatever_the_chunks(
+    draw_examples, params, monkeypatch
+):
+    data = draw_examples(24, seed=3, vocabulary=48)
+    batch = pack.batch(data, pack.plan(data, 12, 1, seed=0), 0)
+    batch.pop("index")
+    statistics = {
+        "early": lambda tokens: jnp.where(tokens.index < tokens.shortest, tokens.logp, 0.0),
+        "place": lambda tokens: tokens.index.astype(jnp.float32),
+        "largest": lambda tokens: jnp.max(tokens.logits, axis=-1),
+    }
+    plain = logps.score(MODEL, params, batch)
+    whole = jax.jit(functools.partial(logps.score, MODEL, statistics=statistics))(params, batch)
+    monkeypatch.setattr(logps, "CHUNK_ELEMENTS", 48 * len(batch["tokens"]) * 8)
+    parts = jax.jit(functools.partial(logps.score, MODEL, statistics=statistics))(params, batch)
+    shortest = np.minimum(batch["length"]["chosen"], batch["length"]["rejected"])
+    assert (batch["length"]["chosen"] != batch["length"]["rejected"]).any()
+    for name, length in batch["length"].items():
+        for found in (whole, parts):
+            np.testing.assert_allclose(found[name].total, plain[name].total, rtol=1e-5)
+            sums = found[name].statistics
+            np.testing.assert_allclose(sums["place"], length * (length - 1) / 2)
+            same = length == shortest
+            np.testing.assert_allclose(
+                np.asarray(sums["early"])[same], np.asarray(found[name].total)[same], rtol=1e-6
+            )
+            longer = (length > shortest) & (batch["weight"] > 0)
+            assert (np.asarray(sums["early"])[longer] > np.asarray(found[name].total)[longer]).all()
+            np.testing.assert_allclose(
+                sums["largest"], whole[name].statistics["largest"], rtol=1e-5
+            )
+    assert not plain["chosen"].statistics
+
+
+def test_the_prompts_own_tokens_are_scored_where_that_is_asked_for(draw_examples, params):
+    data = draw_examples(24, seed=3, vocabulary=48)
+    batch = pack.batch(data, pack.plan(data, 12, 1, seed=0, scores_prompt=True), 0)
+    scores = jitted_score()(params, {k: v for k, v in batch.items() if k != "index"})
+    without = pack.batch(data, pack.plan(data, 12, 1, seed=0), 0)
+    assert batch["slot"].astype(bool).sum() > without["slot"].astype(bool).sum()
+    slots = np.flatnonzero(batch["weight"])
+    for slot in slots:
+        example = batch["index"][slot]
+        prompt = data.tokens[slice(*data.prompts[example])]
+        expected = score_alone(params, prompt[:1], prompt[1:]) if len(prompt) > 1 else 0.0
+        assert scores["prompt"].total[slot] == pytest.approx(expected, rel=1e-5)
+        assert scores["prompt"].length[slot] == len(prompt) - 1
+        chosen = data.tokens[slice(*data.completions[example, 0])]
+        assert scores["chosen"].total[slot] == pytest.approx(
+            score_alone(params, prompt, chosen), rel=1e-5
+        )

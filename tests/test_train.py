@@ -80,6 +80,15 @@ train.train(run, tiny.FILE)
 KINDS = {
     "dpo": lambda: {},
     "kto": lambda: {"loss": config.Loss(losses.kto), "data.examples": "unpaired"},
+    # a state of the loss, and a reference that follows the policy
+    "bco": lambda: {
+        "loss": config.Loss(losses.bco),
+        "data.examples": "unpaired",
+        "reference.update_every": 2,
+        "reference.update_weight": 0.5,
+    },
+    # statistics of tokens, from a table
+    "ld_dpo": lambda: {"loss": config.Loss(losses.ld_dpo), "reference.cached": True},
 }
 
 
@@ -90,7 +99,16 @@ def run_killed(folder: Path, workdir: Path, step: int, sent: str, kind: str) -> 
 
 
 # the newest checkpoint is of step 4; of none; of step 4
-@pytest.mark.parametrize(("kind", "step"), [("dpo", 5), ("dpo", 1), ("kto", 5)])
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [
+        ("dpo", 5),
+        ("dpo", 1),
+        ("bco", 5),
+        pytest.param("kto", 5, marks=pytest.mark.slow),
+        pytest.param("ld_dpo", 5, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_killed_in_the_middle_goes_on_bit_for_bit(
     kind: str, step: int, folder: Path, tmp_path: Path
 ):
@@ -202,6 +220,15 @@ def test_sigterm_saves_the_step_that_it_meets_and_exits_143(folder: Path, tmp_pa
         ({"samples.count": 2, "data.evaluation_source": None}, r"samples\.count.*held-out"),
         ({"optimizer.warmup_steps": 6}, r"warmup_steps is 6, and the run has 6 steps"),
         ({"reference.cached": True, "reference.source": None}, r"reference\.cached is set"),
+        (
+            {"reference.update_every": 2, "reference.cached": True},
+            r"is 2, .*the reference is cached",
+        ),
+        (
+            {"reference.update_every": 2, "reference.source": None},
+            r"update_every is 2, .*the reference is None",
+        ),
+        ({"reference.update_weight": 0.5}, r"update_weight is 0\.5, .*--reference\.update-every"),
         ({"profile.start": 6}, r"profile\.start is 6, and the run has 6 steps"),
         ({"optimizer.kind": "rmsprop", "optimizer.b1": 0.9}, r"optimizer\.b1.*rmsprop"),
     ],
@@ -251,6 +278,39 @@ def test_a_run_starts_from_another_run_and_has_it_as_reference(folder: Path, tmp
     )
     train.train(second, tiny.FILE)
     np.testing.assert_allclose(lines(tmp_path / "second")[1]["loss"], np.log(2), rtol=1e-5)
+
+
+def test_a_reference_that_becomes_the_policy_at_each_step_is_never_left(
+    folder: Path, tmp_path: Path
+):
+    moving = {"reference.update_every": 1, "reference.update_weight": 1.0}
+    train.train(tiny.experiment(folder, tmp_path, steps=3, **moving), tiny.FILE)
+    found = lines(tmp_path)
+    np.testing.assert_allclose([line["loss"] for line in found[1:]], np.log(2), rtol=1e-5)
+    assert found[-1]["logps/chosen"] != found[1]["logps/chosen"]
+
+
+def test_a_reference_moves_by_its_share_at_its_steps(folder: Path, tmp_path: Path):
+    moving = {"reference.update_every": 2, "reference.update_weight": 0.25}
+    changes = {"steps": 3, "checkpoint_every": 1, "checkpoint.keep": 3, "evaluate_every": None}
+    run = tiny.experiment(folder, tmp_path, **changes, **moving)
+    train.train(run, tiny.FILE)
+    mesh = sharding.make_mesh(config.Mesh(), jax.devices())
+    start = initial.load("tiny", config.Model(), 0, mesh).params
+    kept = {}
+    with checkpoint.make_checkpointer(str(tmp_path), run.checkpoint) as checkpointer:
+        for step in (1, 2, 3):
+            items = checkpoint.abstract({"params": start, "reference": start})
+            kept[step] = checkpoint.restore(checkpointer, step, items)
+    moved = jax.tree.map(lambda policy, old: 0.25 * policy + 0.75 * old, kept[2]["params"], start)
+    for step, expected in {1: start, 2: moved, 3: moved}.items():
+        jax.tree.map(
+            lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7),
+            kept[step]["reference"],
+            expected,
+        )
+    differences = jax.tree.map(lambda one, other: np.abs(one - other).max(), moved, start)
+    assert max(jax.tree.leaves(differences)) > 1e-5
 
 
 def test_samples_are_written_with_their_metrics(folder: Path, tmp_path: Path):

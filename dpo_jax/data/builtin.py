@@ -225,6 +225,24 @@ def write_tokenizer(
     return tokenizer
 
 
+def judge(prompt: str, completions: Iterable[str]) -> dict[str, float]:
+    """The rewards of a prompt's completions, repeated ones once and empty ones not at all."""
+    return {
+        completion: reward(prompt, completion) for completion in completions if completion.strip()
+    }
+
+
+def rank_three(prompt: str, completions: Iterable[str]) -> list[str]:
+    """The best, a middle and the worst of a prompt's completions, of different rewards; none where
+    there are no three.
+    """
+    by_reward = {value: text for text, value in judge(prompt, completions).items()}
+    order = sorted(by_reward, reverse=True)
+    if len(order) < 3:
+        return []
+    return [by_reward[order[place]] for place in (0, len(order) // 2, -1)]
+
+
 def rank_pairs(
     prompt: str,
     completions: Iterable[str],
@@ -232,13 +250,10 @@ def rank_pairs(
 ) -> list[Pair]:
     """Preference rows of a prompt's completions.
 
-    A pair is two completions of different reward, the better one chosen. Repeated completions count
-    once and empty ones not at all. The `pairs_per_prefix` pairs of the widest gap between the two
-    rewards are taken; None, or more than there are: all.
+    A pair is two completions of different reward, the better one chosen. The `pairs_per_prefix`
+    pairs of the widest gap between the two rewards are taken; None, or more than there are: all.
     """
-    rewards = {
-        completion: reward(prompt, completion) for completion in completions if completion.strip()
-    }
+    rewards = judge(prompt, completions)
     pairs = [
         pair for pair in itertools.combinations(rewards, 2) if rewards[pair[0]] != rewards[pair[1]]
     ]

@@ -118,11 +118,13 @@ def check_ids(prompt: list[int], completions: dict[str, list[int]]) -> None:
     for name, ids in completions.items():
         if len(ids) == 1:
             raise transcripts.BadRow("empty completion", f"{name} has no token before EOS")
-    if "chosen" in completions and completions["chosen"] == completions["rejected"]:
-        raise transcripts.BadRow(
-            "chosen equal to rejected",
-            "chosen and rejected differ as text and have the same token ids",
-        )
+    for one, other in itertools.combinations(completions, 2):
+        # a gold completion may be the chosen one too
+        if completions[one] == completions[other] and formats.GOLD not in (one, other):
+            raise transcripts.BadRow(
+                f"{one} equal to {other}",
+                f"{one} and {other} differ as text and have the same token ids",
+            )
 
 
 def fit(

@@ -4,7 +4,11 @@ r"""Rows of published forms -> examples: a prompt and its named completions.
                  chosen and rejected are the answer alone
     transcripts  chosen, rejected: whole conversations, the prompt within both (transcripts.py): HH
                  text, or message lists as in UltraFeedback, whose further field prompt is not read
-    unpaired     prompt, completion, label: true (desirable) or false
+    triples      prompt, gold, chosen, rejected, the gold completion better than both
+    ranked       prompt, completions: a list, best first, or in any order with scores, a list of
+                 numbers that tells them apart, higher being better
+    unpaired     prompt, completion, label: true (desirable) or false; optionally density_ratio, how
+                 much likelier the prompt is among desirable examples (losses.bco_weighted)
     judged       instruction, optionally input, output_1, output_2, preference as AlpacaEval writes
                  it: 1 plus the judge's probability that output_2 is better, so below 1.5 output_1
                  is chosen and above it output_2; 1.5, and 0 in older files, are ties, which are
@@ -16,6 +20,7 @@ Strings are joined as they stand: a space or newline between prompt and completi
 them. Where any part of a row is a list of messages, its strings become messages (user, assistant).
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,8 +31,16 @@ from dpo_jax.data.transcripts import BadRow
 
 Text = str | list[dict]
 
-PAIRED = ("pairs", "transcripts", "judged")
-GIVES = {"pairs": PAIRED, "unpaired": (*PAIRED, "unpaired"), "sft": (*PAIRED, "unpaired", "text")}
+PAIRED = ("pairs", "transcripts", "judged", "triples")
+GIVES = {
+    "pairs": PAIRED,
+    "triples": ("triples",),
+    "ranked": ("ranked",),
+    "unpaired": (*PAIRED, "unpaired"),
+    "sft": (*PAIRED, "unpaired", "text"),
+}
+GOLD = "gold"
+MOST_RANKED = 10
 CURE = "; correct the row, or leave such rows out and count them: --data.bad-rows drop"
 TYPES = {
     str: "a string",
@@ -45,6 +58,8 @@ class Example(NamedTuple):
     completions: dict[str, Text]
     desirable: bool | None
     where: str
+    # the row's density_ratio
+    density_ratio: float | None = None
 
 
 class Tie(Exception):
@@ -71,6 +86,7 @@ def examples(
     for i in range(len(rows)):
         try:
             row_examples = convert(PARSERS[form](rows[i]), kind, rows.where(i))
+            check_alike(found[:1] + row_examples)
             found += row_examples
             reason = None if row_examples else "undesirable"
         except Tie:
@@ -80,6 +96,25 @@ def examples(
         if reason is not None:
             drops[reason] = drops.get(reason, 0) + 1
     return found, drops
+
+
+def check_alike(found: list[Example]) -> None:
+    """Raises BadRow where the last example has other completions or numbers than the first."""
+    if not found:
+        return
+    first, last = found[0], found[-1]
+    if len(first.completions) != len(last.completions):
+        raise BadRow(
+            "another number of completions",
+            f"field 'completions' has {len(last.completions)} of them and that of the first row "
+            f"{len(first.completions)}; all rows must have as many",
+        )
+    if (first.density_ratio is None) != (last.density_ratio is None):
+        raise BadRow(
+            "density_ratio in some rows",
+            f"field 'density_ratio' is {last.density_ratio} and in the first row "
+            f"{first.density_ratio}; it must be in all rows or in none",
+        )
 
 
 def refuse(error: BadRow, where: str, data: config.Data) -> str:
@@ -104,17 +139,17 @@ def form_of(rows: sources.Rows, data: config.Data) -> str:
         )
     raise ValueError(
         f"{rows.where(0)}: the fields {fields or '(none)'} fit no form. Forms: pairs (prompt, "
-        "chosen, rejected), transcripts (chosen, rejected), unpaired (prompt, completion, "
-        "label), judged (instruction, output_1, output_2, preference), text (text, or prompt "
-        "and completion)"
+        "chosen, rejected), transcripts (chosen, rejected), triples (prompt, gold, chosen, "
+        "rejected), ranked (prompt, completions), unpaired (prompt, completion, label), judged "
+        "(instruction, output_1, output_2, preference), text (text, or prompt and completion)"
     )
 
 
 def forms_that_fit(row: dict[str, Any]) -> list[str]:
     """The forms whose fields a row has.
 
-    With chosen, rejected and prompt it is pairs, transcripts where chosen is a list of messages
-    that begins with the prompt's, and both where chosen is HH text.
+    With chosen, rejected and prompt it is pairs (with gold: triples), transcripts where chosen is a
+    list of messages that begins with the prompt's, and both where chosen is HH text.
     """
     fields = set(row)
     forms = []
@@ -124,10 +159,12 @@ def forms_that_fit(row: dict[str, Any]) -> list[str]:
             isinstance(message, dict) and message.get("role") != "assistant" for message in chosen
         )
         if "prompt" in fields and not messages:
-            forms.append("pairs")
+            forms.append("triples" if GOLD in fields else "pairs")
         text = isinstance(chosen, str) and transcripts.MARKER.match(chosen) is not None
         if "prompt" not in fields or messages or text:
             forms.append("transcripts")
+    if {"prompt", "completions"} <= fields:
+        forms.append("ranked")
     if {"prompt", "completion", "label"} <= fields:
         forms.append("unpaired")
     if {"instruction", "output_1", "output_2", "preference"} <= fields:
@@ -140,10 +177,13 @@ def forms_that_fit(row: dict[str, Any]) -> list[str]:
 def convert(example: Example, kind: str, where: str) -> list[Example]:
     """The examples of a kind that come of a row's own example."""
     example = example._replace(where=where)
+    if kind in ("triples", "ranked"):
+        return [example]
     if "chosen" not in example.completions:
         return [example] if kind == "unpaired" or example.desirable is not False else []
     if kind == "pairs":
-        return [example]
+        pair = {name: example.completions[name] for name in ("chosen", "rejected")}
+        return [example._replace(completions=pair)]
     halves = [
         Example(example.prompt, {"completion": example.completions[name]}, name == "chosen", where)
         for name in ("chosen", "rejected")
@@ -159,6 +199,66 @@ def parse_pair(row: dict[str, Any]) -> Example:
         for name in ("chosen", "rejected"):
             check_answer(fields[name], name)
     return pair(fields["prompt"], fields["chosen"], fields["rejected"])
+
+
+def parse_triple(row: dict[str, Any]) -> Example:
+    """An example of a row with prompt, gold, chosen and rejected."""
+    parsed = parse_pair(row)
+    gold = text_or_messages(row, GOLD)
+    if isinstance(gold, str) == isinstance(parsed.prompt, list):
+        raise BadRow(
+            "wrong type",
+            f"field 'gold' is of type {type(gold).__name__}; it must be as prompt, chosen and "
+            f"rejected are, {'a list of messages' if isinstance(gold, str) else 'a string'}",
+        )
+    if isinstance(gold, list):
+        check_answer(gold, GOLD)
+    return parsed._replace(completions={**parsed.completions, GOLD: filled(gold, GOLD)})
+
+
+def parse_ranked(row: dict[str, Any]) -> Example:
+    """An example of a row with prompt and completions, best first or with scores."""
+    prompt, given = text_or_messages(row, "prompt"), required(row, "completions", list)
+    if not 2 <= len(given) <= MOST_RANKED:
+        raise BadRow(
+            "number of completions",
+            f"field 'completions' has {len(given)} of them; it must have 2 to {MOST_RANKED}",
+        )
+    fields = [f"completions[{place}]" for place in range(len(given))]
+    found = [text_or_messages({name: one}, name) for name, one in zip(fields, given, strict=True)]
+    if isinstance(prompt, list) or any(isinstance(one, list) for one in found):
+        prompt = as_messages(prompt, "prompt")
+        found = [as_messages(one, "completion") for one in found]
+        for name, one in zip(fields, found, strict=True):
+            check_answer(one, name)
+    for name, one in zip(fields, found, strict=True):
+        filled(one, name)
+    for (first, one), (second, other) in itertools.combinations(enumerate(found), 2):
+        if one == other:
+            raise BadRow(
+                "equal completions",
+                f"completions[{first}] and completions[{second}] are equal, "
+                f"{sources.shorten(one)}, and must differ",
+            )
+    order = rank(row, len(found))
+    completions = {f"completion_{place}": found[one] for place, one in enumerate(order)}
+    return Example(prompt, completions, None, "")
+
+
+def rank(row: dict[str, Any], count: int) -> list[int]:
+    """Places of a row's completions, best first."""
+    if "scores" not in row:
+        return list(range(count))
+    scores = required(row, "scores", list)
+    fields = [f"scores[{place}]" for place in range(len(scores))]
+    numbers = [required({name: one}, name, float) for name, one in zip(fields, scores, strict=True)]
+    if len(numbers) != count or len(set(numbers)) != count:
+        raise BadRow(
+            "scores that do not rank",
+            f"field 'scores' is {sources.shorten(scores)}; it must have a number for each of the "
+            f"{count} completions, no two equal",
+        )
+    return sorted(range(count), key=lambda place: -numbers[place])
 
 
 def parse_transcripts(row: dict[str, Any]) -> Example:
@@ -198,8 +298,14 @@ def parse_judged(row: dict[str, Any]) -> Example:
 
 def parse_unpaired(row: dict[str, Any]) -> Example:
     """An example of a row with prompt, completion and label."""
-    label = required(row, "label", bool)
-    return parse_prompt_and_completion(row)._replace(desirable=label)
+    label, ratio = required(row, "label", bool), row.get("density_ratio")
+    if ratio is not None and required(row, "density_ratio", float) <= 0:
+        raise BadRow(
+            "density_ratio not positive",
+            f"field 'density_ratio' is {ratio!r}; it must be over 0",
+        )
+    parsed = parse_prompt_and_completion(row)
+    return parsed._replace(desirable=label, density_ratio=ratio)
 
 
 def parse_text(row: dict[str, Any]) -> Example:
@@ -220,6 +326,8 @@ def parse_prompt_and_completion(row: dict[str, Any]) -> Example:
 
 PARSERS: dict[str, Callable[[dict[str, Any]], Example]] = {
     "pairs": parse_pair,
+    "triples": parse_triple,
+    "ranked": parse_ranked,
     "transcripts": parse_transcripts,
     "judged": parse_judged,
     "unpaired": parse_unpaired,

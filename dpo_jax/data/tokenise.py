@@ -19,7 +19,7 @@ from dpo_jax.data import encode, formats, labels, sources
 from dpo_jax.data.tokenizer import Tokenizer
 
 # of the files' layout and of the rules by which a row gets its ids: raise it when one changes
-VERSION = 1
+VERSION = 2
 
 # the fields of config.Data that decide, beside source and tokenizer, what is written
 FIELDS = (
@@ -45,7 +45,7 @@ class Tokenised:
     prompts: np.ndarray
     # int64 [N, C, 2]; a mismatched completion is a span within another example's
     completions: np.ndarray
-    # float32 [N] each: desirable, 1 or 0 (kind unpaired)
+    # float32 [N] each: desirable, 1 or 0, and density_ratio where the rows have it (kind unpaired)
     columns: dict[str, np.ndarray]
     # content hash of all of the above
     fingerprint: str
@@ -66,9 +66,9 @@ class Side:
 def load(data: config.Data, tokenizer: Tokenizer, kind: str) -> tuple[Tokenised, Tokenised | None]:
     """The training and the held-out examples (None where none are asked for), tokenised once.
 
-    kind is pairs (completions chosen, rejected), unpaired (completion, mismatched, and column
-    desirable) or sft (completion). ValueError for data that cannot be used, naming file and line,
-    field, value and cure.
+    kind is pairs (completions chosen, rejected), triples (these and gold), ranked (completion_0,
+    the best, and on), unpaired (completion, mismatched, and column desirable) or sft (completion).
+    ValueError for data that cannot be used, naming file and line, field, value and cure.
     """
     if data.label_noise and kind == "sft":
         raise ValueError(
@@ -169,6 +169,9 @@ def tokenise(side: Side, data: config.Data, words: Tokenizer, kind: str) -> Toke
     columns = {}
     if kind == "unpaired":
         columns["desirable"] = np.array([one.example.desirable for one in kept], np.float32)
+        if kept[0].example.density_ratio is not None:
+            ratios = [one.example.density_ratio for one in kept]
+            columns["density_ratio"] = np.array(ratios, np.float32)
         texts = [json.dumps(one.example.prompt) for one in kept]
         mismatched = completions[labels.mismatch(texts, data.seed), 0]
         room = data.max_length - (prompts[:, 1] - prompts[:, 0])
@@ -183,6 +186,7 @@ def tokenise(side: Side, data: config.Data, words: Tokenizer, kind: str) -> Toke
         if kind == "unpaired":
             columns["desirable"] = np.where(flipped, 1 - columns["desirable"], columns["desirable"])
         else:
+            # in the order of their names: chosen [, gold], rejected; the best to the worst
             completions = np.where(flipped[:, None, None], completions[:, ::-1], completions)
     spans = {"prompts": prompts, "completions": completions}
     fingerprint = content_hash(names, {"tokens": tokens, **spans, **columns})
