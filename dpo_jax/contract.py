@@ -4,6 +4,7 @@ Dimensions: N examples.
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,16 @@ import numpy as np
 
 from dpo_jax import logps
 from dpo_jax.data import pack
+
+
+class Facts(NamedTuple):
+    """What is known of a run before its first step, for a loss's advice."""
+
+    hyperparameters: Mapping[str, Any]
+    # float32 [N] each: the training data's numbers
+    columns: Mapping[str, np.ndarray]
+    # examples over which batch statistics are taken
+    examples: int
 
 
 class Needs(NamedTuple):
@@ -27,6 +38,8 @@ class Needs(NamedTuple):
     prompt: bool = False
     # () -> the state that the loss is first given, a pytree of arrays
     state: Callable[[], Any] = tuple
+    # what a user should be warned of
+    advice: Callable[[Facts], list[str]] | None = None
 
 
 def declare(
@@ -36,13 +49,14 @@ def declare(
     reference: Mapping[str, logps.Statistic] | None = None,
     prompt: bool = False,
     state: Callable[[], Any] = tuple,
+    advice: Callable[[Facts], list[str]] | None = None,
 ) -> Callable[[Callable], Callable]:
     """Marks a loss with what it needs, which is then computed, and only then.
 
     A loss with a state is called (policy, reference, batch, state, ...) and returns the next state
     as a third value; it is part of the train state and of the checkpoint.
     """
-    declared = Needs(batch_statistics, policy or {}, reference or {}, prompt, state)
+    declared = Needs(batch_statistics, policy or {}, reference or {}, prompt, state, advice)
 
     def mark(loss: Callable) -> Callable:
         vars(loss)["needs"] = declared
@@ -54,6 +68,13 @@ def declare(
 def needs(loss: Callable) -> Needs:
     """What the loss declared; nothing where it declared nothing."""
     return getattr(loss, "needs", Needs())
+
+
+def advise(loss: Callable, facts: Facts) -> None:
+    """Warns of what the loss advises against."""
+    advice = needs(loss).advice
+    for line in [] if advice is None else advice(facts):
+        warnings.warn(f"loss {loss.__name__}: {line}", stacklevel=2)
 
 
 def has_state(loss: Callable) -> bool:

@@ -52,6 +52,9 @@ def load(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Inputs:
         tuple(train.columns),
         experiment.reference.source is not None,
     )
+    shared = 1 if experiment.statistics == "global" else experiment.microbatches
+    examples = experiment.batch_size // shared
+    contract.advise(loss.function, contract.Facts(loss.hyperparameters, train.columns, examples))
     if experiment.samples.count and held_out is None:
         raise ValueError(
             f"samples.count is {experiment.samples.count}, and there are no held-out prompts to "

@@ -35,6 +35,8 @@ Smoothing = Annotated[float, Interval(ge=0, lt=0.5)]
 
 # a score's exponent is held at this, beyond which its gradient is 0
 LARGEST_EXPONENT = 20.0
+# examples of KTO's smallest batch in its paper
+FEWEST_OF_KTO = 8
 
 
 # What losses are made of
@@ -569,7 +571,29 @@ def wpo(
 # Losses of single, labelled completions with a reference
 
 
-@contract.declare(batch_statistics=True)
+def advise_kto(facts: contract.Facts) -> list[str]:
+    """Warns of weights that do not suit the data, section 4.2 of https://arxiv.org/abs/2402.01306,
+    and of a KL that is the mean of too few examples.
+    """
+    good = facts.hyperparameters["lambda_desirable"] * facts.columns["desirable"].sum()
+    bad = facts.hyperparameters["lambda_undesirable"] * (1 - facts.columns["desirable"]).sum()
+    lines = []
+    # 5 %: label noise and dropped rows make pairs' halves a little unequal
+    if not 0.95 * bad <= good <= 1.05 * 4 / 3 * bad:
+        lines.append(
+            "lambda_desirable times the desirable examples over lambda_undesirable times the "
+            f"undesirable ones is {good:g} / {bad:g}; it should be 1 to 4/3"
+        )
+    if facts.examples < FEWEST_OF_KTO:
+        lines.append(
+            f"its KL is the mean over {facts.examples} examples, and the paper's smallest batch is "
+            f"{FEWEST_OF_KTO}: raise --batch-size (or lower --microbatches, or set --statistics "
+            "global)"
+        )
+    return lines
+
+
+@contract.declare(batch_statistics=True, advice=advise_kto)
 def kto(
     policy,
     reference,

@@ -324,3 +324,13 @@ def test_chosen_number_of_pairs_is_drawn_by_the_generator():
 def test_completions_of_equal_reward_make_no_pair():
     completions = [" was good .", " was solid .", " was pleasant ."]
     assert builtin.rank_pairs("the plot", completions, None) == []
+
+
+def test_three_of_different_rewards_are_ranked_best_first_or_there_are_none():
+    rewards = builtin.judge("the plot", COMPLETIONS)
+    three = builtin.rank_three("the plot", COMPLETIONS)
+    found = [rewards[completion] for completion in three]
+    assert found[0] == max(rewards.values()) and found[2] == min(rewards.values())
+    assert found[0] > found[1] > found[2]
+    best, worst = three[0], three[2]
+    assert builtin.rank_three("the plot", [best, worst, best, " "]) == []

@@ -1,4 +1,5 @@
 import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -281,3 +282,30 @@ def test_a_statistic_by_the_name_of_the_total_is_refused():
 def test_a_completion_by_the_name_of_the_prompt_is_refused():
     with pytest.raises(ValueError, match="the data give a completion of that name"):
         check(losses.orpo_prompt, (*PAIRS, "prompt"), has_reference=False)
+
+
+def advice(desirable: int, undesirable: int, examples: int = 8, **weights) -> list[str]:
+    columns = {"desirable": np.repeat(np.float32([1, 0]), [desirable, undesirable])}
+    numbers = {"lambda_desirable": 1.0, "lambda_undesirable": 1.0, **weights}
+    facts = contract.Facts(numbers, columns, examples)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        contract.advise(losses.kto, facts)
+    return [str(one.message) for one in caught]
+
+
+def test_kto_warns_of_weights_that_do_not_suit_the_data():
+    assert advice(100, 100) == advice(130, 100) == advice(49, 51) == []
+    assert advice(100, 300, lambda_desirable=3.0) == []
+    for found in (advice(50, 100), advice(150, 100), advice(100, 100, lambda_undesirable=2.0)):
+        assert len(found) == 1 and "it should be 1 to 4/3" in found[0]
+    assert "is 50 / 100" in advice(50, 100)[0]
+
+
+def test_kto_warns_of_a_batch_too_small_for_its_kl():
+    (found,) = advice(100, 100, examples=4)
+    assert "the mean over 4 examples" in found and "--batch-size" in found
+
+
+def test_a_loss_without_advice_warns_of_nothing():
+    contract.advise(losses.dpo, contract.Facts({}, {}, 1))

@@ -124,13 +124,21 @@ def test_pairs_are_sampled_from_the_model_once_with_its_tokenizer_and_ranked(
     assert prepared.data.evaluation_source is not None
     held_out = {pair["prompt"] for pair in rows(prepared.data.evaluation_source)}
     assert not held_out & {pair["prompt"] for pair in pairs}
-    # everything is there already: nothing is sampled again
+    # everything is there already: nothing is sampled again, for other rows of the same either
     monkeypatch.setattr("dpo_jax.generate.complete", None)
     assert task.prepare(run) == prepared
+    ranked = dataclasses.replace(run.data, examples="ranked")
+    for row in rows(task.prepare(run.replace(data=ranked)).data.source):
+        found = [builtin.reward(row["prompt"], one) for one in row["completions"]]
+        assert len(found) == 3 and found[0] > found[1] > found[2]
+    triples = dataclasses.replace(run.data, examples="triples")
+    for row in rows(task.prepare(run.replace(data=triples)).data.source):
+        found = [builtin.reward(row["prompt"], row[n]) for n in ("gold", "chosen", "rejected")]
+        assert found[0] > found[1] > found[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dpo", "ipo", "kto", "orpo"])
+@pytest.mark.parametrize("name", ["dpo", "ipo", "kto", "orpo", "plackett_luce", "tpo"])
 def test_each_method_trains_on_the_task_and_samples(name: str, sft: str, tmp_path: Path):
     task.run(from_sft(name, sft, tmp_path), tiny.ROOT / "experiments" / f"{name}.py")
     last = tiny.metrics(tmp_path)[-1]
