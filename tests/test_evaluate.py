@@ -1,5 +1,6 @@
 import functools
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,10 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import config, contract, evaluate, logps, losses, reference, sharding, train_step
+from dpo_jax import (
+    assemble,
+    config,
+    contract,
+    evaluate,
+    generate,
+    logps,
+    losses,
+    reference,
+    sharding,
+    train,
+    train_step,
+)
 from dpo_jax.data import pack, tokenise
-from dpo_jax.model import decoder
+from dpo_jax.model import decoder, weights
 from dpo_jax.model.config import PRESETS
+from tests import tiny
 
 MODEL = decoder.Decoder(PRESETS["tiny"])
 EOS = 3
@@ -172,21 +186,78 @@ def test_the_rows_are_the_prompts_with_what_was_sampled(sampled):
         assert row["reward"] == len(body)
 
 
+def log_probability(params: dict, prompt: list[int], completion: list[int]) -> float:
+    """log p(completion | prompt) in nats, from all logits of one sequence in float64."""
+    ids = np.array([prompt + completion], np.int32)
+    where = np.arange(ids.shape[1], dtype=np.int32)[None]
+    marks = decoder.attention.Ids(np.ones_like(where), np.zeros_like(where), where)
+    hidden: Any = jax.jit(MODEL.apply)({"params": params}, ids, marks)
+    logits = np.asarray(hidden[0], np.float64) @ np.asarray(params["embedding"], np.float64).T
+    logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+    first = len(prompt) - 1
+    return float(sum(logits[first + i, token] for i, token in enumerate(completion)))
+
+
 def test_a_samples_kl_is_the_log_ratio_of_the_sampled_tokens(sampled, params, draw_params):
     (_, rows), _ = sampled
     row = rows[0]
     ended = [EOS] if row["ended"] else []
     tokens = [int(word) for word in row["completion"].split()] + ended
-    ids = np.array([PROMPTS[0] + tokens], np.int32)
-    where = np.arange(ids.shape[1], dtype=np.int32)[None]
-    marks = decoder.attention.Ids(np.ones_like(where), np.zeros_like(where), where)
-    totals = []
-    for weights in (params, draw_params(MODEL.config, seed=1)):
-        hidden: Any = jax.jit(MODEL.apply)({"params": weights}, ids, marks)
-        logits = np.asarray(hidden[0], np.float64) @ np.asarray(weights["embedding"], np.float64).T
-        logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
-        totals.append(sum(logits[2 + i, token] for i, token in enumerate(tokens)))
-    assert row["kl"] == pytest.approx(totals[0] - totals[1], rel=1e-4)
+    policy, anchor = (
+        log_probability(one, PROMPTS[0], tokens)
+        for one in (params, draw_params(MODEL.config, seed=1))
+    )
+    assert row["kl"] == pytest.approx(policy - anchor, rel=1e-4)
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["live", "cached"])
+def test_the_kl_is_to_the_reference_where_that_is_not_the_initial_policy(
+    cached: bool, folder: Path, tmp_path: Path, draw_params, monkeypatch: pytest.MonkeyPatch
+):
+    drawn = {name: draw_params(MODEL.config, seed) for seed, name in enumerate(("policy", "other"))}
+    for name, params in drawn.items():
+        weights.save(tmp_path / name, MODEL.config, params)
+    changes = {
+        "model.source": str(tmp_path / "policy"),
+        "reference.source": str(tmp_path / "other"),
+        "reference.cached": cached,
+        "samples.count": 3,
+        "samples.max_tokens": 5,
+    }
+    experiment = tiny.experiment(folder, tmp_path / "run", **changes)
+    mesh = sharding.make_mesh(experiment.mesh, jax.devices())
+    run, state = assemble.assemble(experiment, mesh)
+    assert run.sampler is not None
+    given: list[list[int]] = [[5, 6, 7, 8, 9], [200], [11, 300, 12]]
+    monkeypatch.setattr(generate, "complete", lambda *_, **__: given)
+    found = train.evaluation(run._replace(held_out=None), str(tmp_path / "run"), state, 0)
+    expected = [
+        log_probability(drawn["policy"], prompt, tokens)
+        - log_probability(drawn["other"], prompt, tokens)
+        for prompt, tokens in zip(run.sampler.prompts, given, strict=True)
+    ]
+    lines = (tmp_path / "run" / "samples" / "00000000.jsonl").read_text().splitlines()
+    np.testing.assert_allclose([json.loads(line)["kl"] for line in lines], expected, rtol=1e-4)
+    assert found["samples/kl"] == pytest.approx(np.mean(expected), rel=1e-4)
+
+
+def test_samples_of_other_lengths_are_scored_in_the_same_shapes(
+    sampler, monkeypatch: pytest.MonkeyPatch
+):
+    shapes = []
+
+    def score(params, batch):
+        shapes.append((batch["tokens"].shape, batch["target"].shape))
+        return length_score(params, batch)
+
+    settings = config.Samples(count=4, max_tokens=200)
+    counted = sampler._replace(score=jax.jit(score), settings=settings)
+    for length in (2, 90):
+        given = [[8] * length] * 4
+        monkeypatch.setattr(generate, "complete", lambda *_, given=given, **__: given)
+        metrics, _ = evaluate.sample(counted, jnp.float32(-3), jnp.float32(-2), jax.random.key(0))
+        assert metrics["kl"] == -length
+    assert len(shapes) == 1
 
 
 def test_a_described_sample_by_hand(sampler):
