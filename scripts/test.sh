@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the tests need into .venv and runs them: bash scripts/test.sh [--all] [pytest's arguments]
-# --all: also the slow tests and those against other implementations (which need torch).
+# --all: also the slow tests and those against other implementations (which need torch and TRL).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
