@@ -1,5 +1,6 @@
 """Whole runs: what a folder holds, exact resume, and errors before the first step."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -205,6 +206,30 @@ def test_sigterm_saves_the_step_that_it_meets_and_exits_143(folder: Path, tmp_pa
     assert steps[-1] not in (0, 6) and steps == list(range(len(steps)))
     with checkpoint.make_checkpointer(str(tmp_path / "run"), config.Checkpoint()) as checkpointer:
         assert checkpoint.latest_step(checkpointer) == steps[-1]
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["ends", "raises"])
+def test_the_handler_of_sigterm_from_before_a_run_is_put_back(
+    fails: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def own(*_):
+        raise AssertionError("no signal was sent")
+
+    def loop(*_):
+        during.append(signal.getsignal(signal.SIGTERM))
+        if fails:
+            raise FloatingPointError("loss is nan")
+
+    during = []
+    monkeypatch.setattr(train, "loop", loop)
+    before = signal.signal(signal.SIGTERM, own)
+    try:
+        with pytest.raises(FloatingPointError) if fails else contextlib.nullcontext():
+            train.train(tiny.experiment(folder, tmp_path / "run"), tiny.FILE)
+        assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(during) == 1 and during[0] is not own
 
 
 @pytest.mark.parametrize(
