@@ -4,7 +4,7 @@ Dimensions: B rows, P slots of the prompt, V vocabulary.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -85,38 +85,55 @@ def generate(
     continued. keys [B] is one key a row, so that what a row draws does not depend on its batch. A
     row ends with eos_id, which counts, and which fills the rest of the row too.
     """
-    batch, width = prompts.shape
-    row_ids = (lengths > 0).astype(jnp.int32)[:, None]
-    branch = jnp.zeros((batch, 1), jnp.int32)
     output_matrix = model_decoder.head(params, decoder.config).astype(decoder.dtype)
 
     def sample(state: State, hidden: jax.Array) -> State:
         """The state after one more token, drawn from what follows hidden [B, D]."""
         logits = jnp.dot(hidden, output_matrix, preferred_element_type=jnp.float32)
         step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, state.step)
-        chosen = select(logits, step_keys, temperature)
-        token = jnp.where(state.ended, eos_id, chosen)
-        return state._replace(
-            step=state.step + 1,
-            tokens=jax.lax.dynamic_update_slice_in_dim(
-                state.tokens, token[:, None], state.step, axis=1
-            ),
-            lengths=state.lengths + ~state.ended,
-            ended=state.ended | (token == eos_id),
-        )
+        return append(state, select(logits, step_keys, temperature), eos_id)
 
     def unfinished(state: State) -> jax.Array:
         return (state.step < max_tokens) & ~jnp.all(state.ended)
 
     def advance(state: State) -> State:
-        last = state.step - 1
-        token = jax.lax.dynamic_slice_in_dim(state.tokens, last, 1, axis=1)  # [B, 1]
-        ids = Ids(row_ids, branch, lengths[:, None] + last)
-        hidden, cache = decoder.apply(
-            {"params": params}, token, ids, cache=state.cache, at=width + last
-        )
-        return sample(state._replace(cache=cache), hidden[:, 0])
+        hidden, cache = read_last(decoder, params, state, prompts.shape[1], lengths)
+        return sample(state._replace(cache=cache), hidden)
 
+    hidden, cache = read_prompts(decoder, params, prompts, lengths, max_tokens)
+    start = State(
+        step=jnp.int32(0),
+        tokens=jnp.full((len(prompts), max_tokens), eos_id, jnp.int32),
+        lengths=jnp.zeros_like(lengths),
+        ended=lengths == 0,
+        cache=cache,
+    )
+    final = jax.lax.while_loop(unfinished, advance, sample(start, hidden))
+    return final.tokens, final.lengths
+
+
+def append(state: State, chosen: jax.Array, eos_id: jax.Array | int) -> State:
+    """The state after the chosen tokens [B]; a row that has ended gets eos_id instead."""
+    token = jnp.where(state.ended, eos_id, chosen)
+    return state._replace(
+        step=state.step + 1,
+        tokens=jax.lax.dynamic_update_slice_in_dim(
+            state.tokens, token[:, None], state.step, axis=1
+        ),
+        lengths=state.lengths + ~state.ended,
+        ended=state.ended | (token == eos_id),
+    )
+
+
+def read_prompts(
+    decoder: model_decoder.Decoder,
+    params: dict,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    max_tokens: int,
+) -> tuple[jax.Array, model_decoder.Cache]:
+    """The hidden state [B, D] of each prompt's last token, and a cache with room for max_tokens."""
+    batch, width = prompts.shape
     index = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None, :], prompts.shape)
     ids = Ids((index < lengths[:, None]).astype(jnp.int32), jnp.zeros_like(index), index)
     # The last token is sampled and never read again.
@@ -124,16 +141,26 @@ def generate(
     prefilled: Any = decoder.apply({"params": params}, prompts, ids, cache=cache, at=0)
     hidden, cache = prefilled
     end = jnp.maximum(lengths - 1, 0)[:, None, None]
-    start = State(
-        step=jnp.int32(0),
-        tokens=jnp.full((batch, max_tokens), eos_id, jnp.int32),
-        lengths=jnp.zeros((batch,), jnp.int32),
-        ended=lengths == 0,
-        cache=cache,
+    return jnp.take_along_axis(hidden, end, axis=1)[:, 0], cache
+
+
+def read_last(
+    decoder: model_decoder.Decoder, params: dict, state: State, width: int, lengths: jax.Array
+) -> tuple[jax.Array, model_decoder.Cache]:
+    """The hidden state [B, D] of the token sampled last, and the cache with it.
+
+    Sampled tokens lie in the cache behind all `width` slots of the prompts, of which each row has
+    filled lengths [B].
+    """
+    last = state.step - 1
+    token = jax.lax.dynamic_slice_in_dim(state.tokens, last, 1, axis=1)  # [B, 1]
+    example = (lengths > 0).astype(jnp.int32)[:, None]
+    ids = Ids(example, jnp.zeros_like(example), lengths[:, None] + last)
+    advanced: Any = decoder.apply(
+        {"params": params}, token, ids, cache=state.cache, at=width + last
     )
-    first = sample(start, jnp.take_along_axis(hidden, end, axis=1)[:, 0])
-    final = jax.lax.while_loop(unfinished, advance, first)
-    return final.tokens, final.lengths
+    hidden, cache = advanced
+    return hidden[:, 0], cache
 
 
 def complete(
@@ -158,35 +185,38 @@ def complete(
     check_prompts(decoder, prompts, max_tokens, temperature)
     if not prompts:
         return []
-    width = max(16, 1 << (max(map(len, prompts)) - 1).bit_length())
-    place: Callable[[Any], jax.Array] = jnp.asarray
-    out_shardings = None
-    if mesh is not None:
-        shards = sharding.batch_shards(mesh)
-        batch_size = -(-batch_size // shards) * shards
-        place = functools.partial(jax.device_put, device=sharding.rows(mesh))
-        out_shardings = sharding.replicated(mesh)
-    static = ("decoder", "select", "max_tokens")
-    run = jax.jit(generate, static_argnames=static, out_shardings=out_shardings)
+    shards = 1 if mesh is None else sharding.batch_shards(mesh)
+    rows = None if mesh is None else sharding.rows(mesh)
+    run = jax.jit(
+        generate,
+        static_argnames=("decoder", "select", "max_tokens"),
+        out_shardings=None if mesh is None else sharding.replicated(mesh),
+    )
     completions: list[list[int]] = []
-    for start in range(0, len(prompts), batch_size):
-        tokens, lengths = pad(prompts[start : start + batch_size], batch_size, width)
-        numbers = jnp.arange(start, start + batch_size)
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers)
-        sampled, sampled_lengths = run(
+    for batch in batches(prompts, key, -(-batch_size // shards) * shards):
+        tokens, lengths = run(
             decoder,
             params,
-            place(tokens),
-            place(lengths),
-            place(keys),
+            *jax.device_put(batch, rows),
             select=select,
             max_tokens=max_tokens,
             temperature=np.float32(temperature),
             eos_id=np.int32(eos_id),
         )
-        rows = zip(np.asarray(sampled), np.asarray(sampled_lengths), strict=True)
-        completions += [row[:length].tolist() for row, length in rows]
+        sampled = zip(np.asarray(tokens), np.asarray(lengths), strict=True)
+        completions += [row[:length].tolist() for row, length in sampled]
     return completions[: len(prompts)]
+
+
+def batches(
+    prompts: Sequence[Sequence[int]], key: jax.Array, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, jax.Array]]:
+    """Prompts int32 [B, P], their lengths [B] and keys [B], in batches of one shape."""
+    width = max(16, 1 << (max(map(len, prompts)) - 1).bit_length())
+    for start in range(0, len(prompts), batch_size):
+        tokens, lengths = pad(prompts[start : start + batch_size], batch_size, width)
+        numbers = jnp.arange(start, start + batch_size)
+        yield tokens, lengths, jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers)
 
 
 def pad(
