@@ -5,7 +5,7 @@ The paper's run: Pythia-2.8B after SFT, batch 64, beta 0.1, RMSprop at 1e-6 with
 works; `--model.source` takes a better one.
 
 python -m scripts.train experiments/hh.py --workdir runs/hh
-Hardware: two CPU cores, some minutes. Hours and held-out accuracy on all rows: not measured yet.
+Hardware: two CPU cores, some minutes. Expected: not measured yet, nor the hours on all rows.
 """
 
 from dpo_jax import config, losses
