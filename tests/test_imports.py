@@ -19,6 +19,7 @@ LOWER = (
     *("dpo_jax.checks", "dpo_jax.config", "dpo_jax.environment", "dpo_jax.flags"),
     *("dpo_jax.functions", "dpo_jax.paths", "dpo_jax.metrics", "dpo_jax.sharding"),
     *("dpo_jax.logps", "dpo_jax.losses", "dpo_jax.data", "dpo_jax.model"),
+    *("dpo_jax.catalogue", "dpo_jax.loss_curves", "dpo_jax.loss_figures"),
 )
 UPPER = (
     *("dpo_jax.train", "dpo_jax.train_step", "dpo_jax.run", "dpo_jax.task", "dpo_jax.evaluate"),
