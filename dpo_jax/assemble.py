@@ -136,15 +136,13 @@ def load_reference(experiment: config.Experiment, found: inputs.Inputs, mesh):
     if loaded.model.config.vocabulary_size != found.initial.model.config.vocabulary_size:
         raise ValueError(
             f"reference.source {source} has a vocabulary of {loaded.model.config.vocabulary_size} "
-            "and the policy "
-            f"{experiment.model.source} one of {found.initial.model.config.vocabulary_size}: they "
-            "must share a tokenizer"
+            f"and the policy {experiment.model.source} one of "
+            f"{found.initial.model.config.vocabulary_size}: they must share a tokenizer"
         )
     if loaded.model.config != found.initial.model.config:
         raise ValueError(
             f"reference.source {source} has another shape than the policy "
-            f"{experiment.model.source}; both are scored "
-            "by one function, so they must agree"
+            f"{experiment.model.source}; both are scored by one function, so they must agree"
         )
     return loaded.params
 

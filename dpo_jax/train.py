@@ -302,8 +302,7 @@ def check_identity(run: assemble.Run, deviation: float) -> None:
     )
     raise ValueError(
         "at step 0 policy and reference have the same weights, and their log-probabilities differ "
-        "by up to "
-        f"{deviation:.3g} nats a token (at most {tolerance:g} is expected): {cause}"
+        f"by up to {deviation:.3g} nats a token (at most {tolerance:g} is expected): {cause}"
     )
 
 
