@@ -226,7 +226,7 @@ def robust(
     Agrees with TRL (robust).
 
     beta: how strongly the policy is tied to the reference, in 1 / nats
-    label_smoothing: e, the share of the labels that is flipped
+    label_smoothing: e, the share of the labels that is taken to be flipped
     score: the f-divergence, as a function of the log-ratio
     """
     chosen, rejected = log_ratios(policy, reference)
@@ -502,7 +502,7 @@ def desensitised(completions: Completions, name: str, alpha: Any) -> jax.Array:
 
 @contract.declare(policy={"head": head}, reference={"head": head})
 def ld_dpo(policy, reference, batch, *, beta: Positive = 0.1, alpha: Fraction = 0.5) -> Losses:
-    """`dpo` on sums in which tokens beyond the shorter completion's length count a.
+    """`dpo` on sums in which tokens beyond the shorter completion's length have weight a.
     https://arxiv.org/abs/2409.06411.
 
     In policy AND reference, as in TRL; `ld_dpo_policy` is the other reading. Rewards are of those
@@ -783,8 +783,8 @@ def orpo(policy, reference, batch, *, lam: NonNegative = 0.1) -> Losses:
 def orpo_prompt(policy, reference, batch, *, lam: NonNegative = 0.1) -> Losses:
     """`orpo` with the NLL over prompt and chosen completion. https://arxiv.org/abs/2403.07691.
 
-    The prompt's first token, which nothing predicts, is left out. The example's own token mean,
-    then the mean over examples. Default: the paper's.
+    The prompt's first token, which nothing predicts, is left out. Token MEAN of each example, then
+    the mean over examples. Default: the paper's.
     Agrees with the authors, TRL and tunix but for the NLL's normaliser (token mean over the batch).
 
     lam: weight of the odds ratio beside the NLL
@@ -883,7 +883,7 @@ def unlikelihood(policy, reference, batch, *, alpha: Fraction) -> Losses:
 
     Unbounded below, as the paper says. Rewards are totals.
 
-    alpha: a, weight of the rejected completion, from 0 to 1
+    alpha: a, weight of the rejected completion
     """
     chosen, rejected = policy["chosen"].total, policy["rejected"].total
     return alpha * rejected - chosen, pair_metrics(chosen, rejected)
@@ -944,8 +944,9 @@ def mpo(
 ) -> Losses:
     """0.8 `dpo` + 0.2 `bco_pair` + `preferred_ft`. https://arxiv.org/abs/2411.10442.
 
-    Defaults: the paper's. Agrees with TRL (loss_type sigmoid, bco_pair, sft with these weights) but
-    for the NLL's normaliser (token mean over the batch).
+    Token sum in the first two, the chosen's own token mean in the last. Defaults: the paper's.
+    Agrees with TRL (loss_type sigmoid, bco_pair, sft with these weights) but for the NLL's
+    normaliser (token mean over the batch).
 
     beta: how strongly the policy is tied to the reference, in 1 / nats
     preference: weight of `dpo`
@@ -960,7 +961,7 @@ def mpo(
 
 
 def rpo(policy, reference, batch, *, beta: Positive = 0.1, alpha: NonNegative = 0.005) -> Losses:
-    """`dpo` + a `preferred_ft`. https://arxiv.org/abs/2405.16436.
+    """`dpo` + a times `preferred_ft`. https://arxiv.org/abs/2405.16436.
 
     The NLL is the example's own token mean. Default a: the paper's.
     Agrees with TRL (loss_type sigmoid, sft) but for the NLL's normaliser.
