@@ -74,6 +74,11 @@ def check_switches(experiment: config.Experiment) -> None:
             f"{'cached' if anchor.cached else 'None'}: one that follows the policy needs its own "
             "parameters; leave reference.cached out and give --reference.source"
         )
+    if anchor.update_every is not None and anchor.update_every >= experiment.steps:
+        raise ValueError(
+            f"reference.update_every is {anchor.update_every}, and the run has {experiment.steps} "
+            "steps: no step would see an updated reference; it must be less"
+        )
     if anchor.update_every is None and anchor.update_weight != default.update_weight:
         raise ValueError(
             f"reference.update_weight is {anchor.update_weight}, and the reference stays as it is: "

@@ -430,7 +430,7 @@ def discopop(policy, reference, batch, *, beta: Positive = 0.1, tau: Positive = 
     """(1-k) (-log sig(z)) + k exp(-z), z = b D, k = sig(z / tau). https://arxiv.org/abs/2406.08414.
 
     The log-ratio modulated loss. k exp(-z) is taken as one exponential, finite at any z. Defaults:
-    the paper's. Agrees with TRL (discopop) where that is finite, z > -88.
+    tau the paper's, beta TRL's. Agrees with TRL (discopop) where that is finite, z > -88.
 
     beta: how strongly the policy is tied to the reference, in 1 / nats
     tau: temperature of the switch k
@@ -557,7 +557,7 @@ def wpo(
     https://arxiv.org/abs/2406.11827.
 
     Pairs that the policy would hardly write count less. No gradient through the weight; other
-    losses are weighted likewise with `on_policy_weight`. Defaults: the paper's.
+    losses are weighted likewise with `on_policy_weight`. Defaults: TRL's.
     Agrees with the authors' code; TRL 1.16 (use_weighting) does not hold the weight at 1.
 
     beta: how strongly the policy is tied to the reference, in 1 / nats

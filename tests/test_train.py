@@ -253,6 +253,7 @@ def test_the_handler_of_sigterm_from_before_a_run_is_put_back(
             {"reference.update_every": 2, "reference.source": None},
             r"update_every is 2, .*the reference is None",
         ),
+        ({"reference.update_every": 6}, r"update_every is 6, and the run has 6 steps"),
         ({"reference.update_weight": 0.5}, r"update_weight is 0\.5, .*--reference\.update-every"),
         ({"profile.start": 6}, r"profile\.start is 6, and the run has 6 steps"),
         ({"optimizer.kind": "rmsprop", "optimizer.b1": 0.9}, r"optimizer\.b1.*rmsprop"),
