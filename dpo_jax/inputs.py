@@ -65,29 +65,33 @@ def load(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Inputs:
 
 def check_switches(experiment: config.Experiment) -> None:
     """Raises ValueError for a switch that would have no effect."""
-    if experiment.reference.cached and experiment.reference.source is None:
-        raise ValueError("reference.cached is set and reference.source is None: leave one out")
-    anchor, default = experiment.reference, config.Reference()
-    if anchor.update_every is not None and (anchor.cached or anchor.source is None):
-        raise ValueError(
-            f"reference.update_every is {anchor.update_every}, and the reference is "
-            f"{'cached' if anchor.cached else 'None'}: one that follows the policy needs its own "
-            "parameters; leave reference.cached out and give --reference.source"
-        )
-    if anchor.update_every is not None and anchor.update_every >= experiment.steps:
-        raise ValueError(
-            f"reference.update_every is {anchor.update_every}, and the run has {experiment.steps} "
-            "steps: no step would see an updated reference; it must be less"
-        )
-    if anchor.update_every is None and anchor.update_weight != default.update_weight:
-        raise ValueError(
-            f"reference.update_weight is {anchor.update_weight}, and the reference stays as it is: "
-            "give --reference.update-every, or leave it out"
-        )
+    check_reference(experiment.reference, experiment.steps)
     start = experiment.profile.start
     if start is not None and start >= experiment.steps:
         raise ValueError(
             f"profile.start is {start}, and the run has {experiment.steps} steps: it must be less"
+        )
+
+
+def check_reference(settings: config.Reference, steps: int) -> None:
+    """Raises ValueError for settings of the reference that exclude each other or have no effect."""
+    if settings.cached and settings.source is None:
+        raise ValueError("reference.cached is set and reference.source is None: leave one out")
+    if settings.update_every is not None and (settings.cached or settings.source is None):
+        raise ValueError(
+            f"reference.update_every is {settings.update_every}, and the reference is "
+            f"{'cached' if settings.cached else 'None'}: one that follows the policy needs its own "
+            "parameters; leave reference.cached out and give --reference.source"
+        )
+    if settings.update_every is not None and settings.update_every >= steps:
+        raise ValueError(
+            f"reference.update_every is {settings.update_every}, and the run has {steps} "
+            "steps: no step would see an updated reference; it must be less"
+        )
+    if settings.update_every is None and settings.update_weight != config.Reference().update_weight:
+        raise ValueError(
+            f"reference.update_weight is {settings.update_weight}, and the reference stays as it is: "
+            "give --reference.update-every, or leave it out"
         )
 
 

@@ -963,7 +963,8 @@ def mpo(
 def rpo(policy, reference, batch, *, beta: Positive = 0.1, alpha: NonNegative = 0.005) -> Losses:
     """`dpo` + a times `preferred_ft`. https://arxiv.org/abs/2405.16436.
 
-    The NLL is the example's own token mean. Default a: the paper's.
+    The NLL is the example's own token mean, as in one of the authors' two codes; in the other it is
+    the sum. Default a: the paper's, which is for the sum.
     Agrees with TRL (loss_type sigmoid, sft) but for the NLL's normaliser.
 
     beta: how strongly the policy is tied to the reference, in 1 / nats
