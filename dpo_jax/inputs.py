@@ -90,7 +90,7 @@ def check_reference(settings: config.Reference, steps: int) -> None:
         )
     if settings.update_every is None and settings.update_weight != config.Reference().update_weight:
         raise ValueError(
-            f"reference.update_weight is {settings.update_weight}, and the reference stays as it is: "
+            f"reference.update_weight is {settings.update_weight}, and the reference stays: "
             "give --reference.update-every, or leave it out"
         )
 
