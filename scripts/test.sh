@@ -16,4 +16,6 @@ for argument in "$@"; do
 done
 # shellcheck disable=SC2086
 bash scripts/setup.sh $extras
-exec .venv/bin/python -m pytest ${arguments[@]+"${arguments[@]}"}
+# a process a core, since one process gains little from a second; a file's tests share what they made
+exec .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
+    ${arguments[@]+"${arguments[@]}"}
