@@ -100,7 +100,7 @@ def assemble(
         evaluate_pairs=jax.jit(functools.partial(train_step.evaluate, pair_scoring)),
         sampler=sampler,
         reference=anchor,
-        follow=make_follow(experiment.reference),
+        follow=make_follow(experiment.reference, sharding.parameters(params, mesh)),
         compared=compared,
         numbers={
             "loss": floats(experiment.loss),
@@ -206,11 +206,11 @@ def make_scoring(experiment: config.Experiment, model: decoder.Decoder) -> train
     return train_step.Scoring(score, score_reference, contract.with_state(loss.function, **statics))
 
 
-def make_follow(settings: config.Reference) -> Callable | None:
+def make_follow(settings: config.Reference, placed) -> Callable | None:
     """The jitted update of a moving reference, which takes the old one's place; None: it stays."""
     if settings.update_every is None:
         return None
-    follow = jax.jit(reference.follow, donate_argnums=0)
+    follow = jax.jit(reference.follow, out_shardings=placed, donate_argnums=0)
     return functools.partial(follow, weight=jnp.float32(settings.update_weight))
 
 
@@ -237,10 +237,7 @@ def accumulation(experiment: config.Experiment) -> Callable:
     """How the gradient of a step comes about from its microbatches."""
     if experiment.microbatches == 1:
         return train_step.whole
-    if (
-        experiment.statistics == "global"
-        and contract.needs(experiment.loss.function).batch_statistics
-    ):
+    if experiment.statistics == "global" and contract.accumulates_apart(experiment.loss.function):
         return train_step.make_two_pass(experiment.microbatches)
     return train_step.make_microbatched(experiment.microbatches)
 

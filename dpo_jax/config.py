@@ -47,6 +47,11 @@ class Loss:
                 call = f"Loss({function.__name__}, {name}=...)"
                 raise ValueError(f"{where} needs a value for {name!r}: {call}")
             resolved[name] = checks.check_value(value, annotation, f"loss.{name}")
+            if callable(value) and not hasattr(value, "__qualname__"):
+                raise ValueError(
+                    f"loss.{name} is {value!r}, which has no name to find it again by: define a "
+                    "function"
+                )
         object.__setattr__(self, "function", function)
         object.__setattr__(self, "hyperparameters", resolved)
 
@@ -121,7 +126,8 @@ class Data:
     # a row that cannot be used (missing field, empty completion, chosen equal to rejected): stop,
     # or drop the row and count it
     bad_rows: Literal["error", "drop"] = "error"
-    # share of the training labels that is flipped, drawn with seed (chosen and rejected swapped)
+    # share of the training labels that is flipped, drawn with seed (chosen and rejected swapped, a
+    # ranking reversed)
     label_noise: Fraction = 0.0
     # seed of label noise, of the held-out choice and of KTO's mismatched completions
     seed: CountOrZero = 0
@@ -139,7 +145,7 @@ class Reference:
     # steps between updates by which it follows the policy (TR-DPO); None: it stays as it is
     update_every: Count | None = None
     # share of the policy in an update, 1 being a copy
-    update_weight: Fraction = 0.6
+    update_weight: Annotated[float, Interval(gt=0, le=1)] = 0.6
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,6 +77,11 @@ def advise(loss: Callable, facts: Facts) -> None:
         warnings.warn(f"loss {loss.__name__}: {line}", stacklevel=2)
 
 
+def accumulates_apart(loss: Callable) -> bool:
+    """Whether it matters to the loss which examples it is given at once."""
+    return needs(loss).batch_statistics or has_state(loss)
+
+
 def has_state(loss: Callable) -> bool:
     """Whether the loss takes a state and returns the next."""
     return needs(loss).state is not tuple
@@ -96,11 +101,32 @@ def with_state(loss: Callable, **statics: Any) -> Callable:
 
 
 class _Completions(dict):
-    """Completions by name, with the cure where a loss asks for one that the data do not give."""
+    """Completions by name, which notes what is read, with the cure for a name that the data do not
+    give.
+    """
 
     def __init__(self, values: Mapping, loss: str):
         super().__init__(values)
         self.loss = loss
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str):
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None):
+        """As a dict's."""
+        return self[name] if name in self else default
+
+    def items(self):
+        """As a dict's."""
+        self.read.update(self)
+        return super().items()
+
+    def values(self):
+        """As a dict's."""
+        self.read.update(self)
+        return super().values()
 
     def __missing__(self, name: str):
         raise ValueError(
@@ -117,20 +143,67 @@ class _Batch(dict):
         self.loss = loss
 
     def __missing__(self, name: str):
+        cures = {
+            "desirable": ": --data.examples unpaired gives it",
+            "density_ratio": ": unpaired rows can have it as a field of that name",
+        }
         raise ValueError(
             f"loss {self.loss} reads batch[{name!r}], and the batch has {', '.join(sorted(self))}"
-            + (": --data.examples unpaired gives 'desirable'" if name == "desirable" else "")
+            + cures.get(name, "")
         )
 
 
-class _NoReference(_Completions):
-    """Stands for the reference while it is found out whether a loss reads it."""
+class _Trial(NamedTuple):
+    """Made-up inputs of a loss: four examples."""
 
-    read = False
+    policy: dict[str, logps.Logps]
+    reference: dict[str, logps.Logps]
+    batch: dict[str, jax.Array]
 
-    def __getitem__(self, name: str):
-        self.read = True
-        return super().__getitem__(name)
+    def moved(self, example: int, shift: float) -> "_Trial":
+        """With all that is known of an example changed, but for its weight."""
+
+        def move(one: logps.Logps, shift: float) -> logps.Logps:
+            statistics = {
+                name: sums.at[example].add(shift) for name, sums in one.statistics.items()
+            }
+            total, length = one.total.at[example].add(shift), one.length.at[example].add(7)
+            return logps.Logps(total, length, statistics)
+
+        columns = {
+            name: values if name == "weight" else values.at[example].set(1.0 - values[example])
+            for name, values in self.batch.items()
+        }
+        return _Trial(
+            {name: move(one, shift) for name, one in self.policy.items()},
+            {name: move(one, -shift) for name, one in self.reference.items()},
+            columns,
+        )
+
+    def without_last(self) -> "_Trial":
+        """With the last slot empty."""
+        weight = jnp.array([1.0, 1.0, 1.0, 0.0])
+        return self._replace(batch={**self.batch, "weight": weight})
+
+
+def reads(
+    loss: Callable,
+    hyperparameters: Mapping[str, Any],
+    names: Sequence[str],
+    columns: Sequence[str],
+) -> set[str]:
+    """Which of these completions the loss reads, of policy or reference; ValueError where it reads
+    another.
+    """
+    declared, title = needs(loss), loss.__name__
+    trial = _draw(declared, names, columns, 1.0, 0)
+    policy, reference = (_Completions(side, title) for side in (trial.policy, trial.reference))
+    loss_of = functools.partial(with_state(loss), **hyperparameters)
+    jax.eval_shape(
+        lambda batch: loss_of(policy, reference, _Batch(batch, title), declared.state())[0],
+        trial.batch,
+    )
+    return policy.read | reference.read
 
 
 def check(
@@ -142,49 +215,110 @@ def check(
 ) -> None:
     """Runs the loss on four made-up examples; ValueError says which part of the contract it breaks.
 
-    The parts: it reads only completions and columns that the data give; it reads a reference if and
-    only if there is one; it returns losses [N], finite, and metrics [N]; examples do not meet
-    unless `declare` said so.
+    The parts: it runs under jit with its floats traced; it reads only completions and columns that
+    the data give; it reads a reference if and only if there is one; it returns losses [N], finite
+    and with finite gradients, metrics [N], and a state like the one it was given; empty slots
+    change nothing; and examples do not meet unless `declare` said so.
     """
-    title = loss.__name__
-    declared = needs(loss)
+    declared, title = needs(loss), loss.__name__
     _check_declared(declared, names, title)
-    loss_of = functools.partial(with_state(loss), **hyperparameters)
     names = [*names, *([pack.PROMPT] if declared.prompt else [])]
-    policy, reference, batch = _examples(declared, names, columns, title, scale=1.0)
-    losses, metrics, _ = loss_of(policy, reference, batch, declared.state())
-    if reference.read and not has_reference:
-        raise ValueError(
-            f"loss {title} reads the reference, and reference.source is None: give "
-            "--reference.source"
-        )
-    if not reference.read and has_reference:
-        raise ValueError(
-            f"loss {title} reads no reference: set --reference.source None, so that none is held"
-        )
+    run, reference_read = _jitted(loss, hyperparameters)
+    trials = [_draw(declared, names, columns, scale, seed) for seed, scale in enumerate(SCALES)]
+    losses, metrics, _ = run(trials[0])
+    _check_reference(bool(reference_read), has_reference, title)
     for what, value in {"losses": losses, **{f"metric {k}": v for k, v in metrics.items()}}.items():
         if jnp.shape(value) != (4,):
             raise ValueError(
                 f"loss {title} returned {what} of shape {jnp.shape(value)}; one number an example: "
                 "[N]"
             )
-    if not np.all(np.isfinite(losses)):
+    for trial in (*trials[:2], _at_reference(trials[0], declared)):
+        found, gradient = run(trial)[0], _gradient(run, trial)
+        if not np.all(np.isfinite(found)) or not all(map(np.all, map(np.isfinite, gradient))):
+            raise ValueError(
+                f"loss {title} is {found} on log-probabilities near -5, with gradients "
+                f"{[one.tolist() for one in gradient]}: they must be finite"
+            )
+    if _examples_meet(run, trials, declared.batch_statistics):
         raise ValueError(
-            f"loss {title} is {losses} on log-probabilities near -5: it must be finite"
-        )
-    if not declared.batch_statistics and _examples_meet(loss_of, declared, names, columns, title):
-        raise ValueError(
-            f"in loss {title} an example's loss changes with other examples: decorate it with "
+            f"in loss {title} an empty slot (weight 0) changes the loss of an example: leave it "
+            "out of every sum over the batch, as losses.batch_mean does"
+            if declared.batch_statistics
+            else f"in loss {title} an example's loss changes with other examples: decorate it with "
             "@contract.declare(batch_statistics=True), so that accumulation treats it right"
         )
 
 
+# spread of the made-up log-probabilities, in nats
+SCALES = (1.0, *[5.0] * 7)
+
+
+def _jitted(loss: Callable, hyperparameters: Mapping[str, Any]) -> tuple[Callable, set[str]]:
+    """The loss of a _Trial under jit, its floats traced as in the train step; and the completions
+    of the reference that it has read, once it has run.
+    """
+    title, reference_read = loss.__name__, set()
+    floats = {name: jnp.float32(v) for name, v in hyperparameters.items() if isinstance(v, float)}
+    statics = {name: v for name, v in hyperparameters.items() if not isinstance(v, float)}
+    loss_of = with_state(loss, **statics)
+
+    @jax.jit
+    def run(trial: _Trial, floats: dict):
+        policy, reference = (_Completions(side, title) for side in trial[:2])
+        state = needs(loss).state()
+        returned = loss_of(policy, reference, _Batch(trial.batch, title), state, **floats)
+        reference_read.update(reference.read)
+        expected = 3
+        if not isinstance(returned, tuple) or len(returned) != expected:
+            raise ValueError(
+                f"loss {title} must return losses and metrics, and with a declared state the next "
+                "state too"
+            )
+        _check_state(state, returned[2], title)
+        return returned
+
+    return functools.partial(run, floats=floats), reference_read
+
+
+def _check_state(given: Any, returned: Any, title: str) -> None:
+    """Raises ValueError unless the next state is like the one before."""
+    shapes = [
+        (jax.tree.structure(state), [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves])
+        for state in (given, returned)
+        for leaves in [jax.tree.leaves(state)]
+    ]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"loss {title} was given a state of {shapes[0]} and returned one of {shapes[1]}: they "
+            "must be alike"
+        )
+
+
+def _check_reference(read: bool, has_reference: bool, title: str) -> None:
+    """Raises ValueError unless a reference is read if and only if there is one."""
+    if read and not has_reference:
+        raise ValueError(
+            f"loss {title} reads the reference, and reference.source is None: give "
+            "--reference.source"
+        )
+    if not read and has_reference:
+        raise ValueError(
+            f"loss {title} reads no reference: set --reference.source None, so that none is held"
+        )
+
+
 def _check_declared(declared: Needs, names: Sequence[str], title: str) -> None:
-    for name in {**declared.policy, **declared.reference}:
+    for name, statistic in {**declared.policy, **declared.reference}.items():
         if name == logps.TOTAL:
             raise ValueError(
                 f"loss {title} declares a statistic {name!r}, which is the name of the summed "
                 "log-probability: give it another"
+            )
+        if not hasattr(statistic, "__qualname__"):
+            raise ValueError(
+                f"loss {title} declares {statistic!r} as the statistic {name!r}: define a function "
+                "with a name, by which a cached reference finds it again"
             )
     if declared.prompt and pack.PROMPT in names:
         raise ValueError(
@@ -193,57 +327,66 @@ def _check_declared(declared: Needs, names: Sequence[str], title: str) -> None:
         )
 
 
-def _examples(
-    declared: Needs,
-    names: Sequence[str],
-    columns: Sequence[str],
-    title: str,
-    scale: float,
-    seed: int = 0,
-):
+def _draw(
+    declared: Needs, names: Sequence[str], columns: Sequence[str], scale: float, seed: int
+) -> _Trial:
+    """Made-up inputs: log-probabilities from -5 nats downwards."""
     generator = np.random.default_rng(seed)
     length = jnp.array([3, 4, 5, 6], jnp.int32)
 
-    def completions(statistics: Mapping[str, Any]):
+    def completions(statistics: Mapping[str, Any]) -> dict[str, logps.Logps]:
         def draw():
             return jnp.asarray(-5.0 - scale * generator.random(4, np.float32))
 
         return {n: logps.Logps(draw(), length, {s: draw() for s in statistics}) for n in names}
 
     extras = {name: jnp.array([1.0, 0.0, 1.0, 0.0]) for name in columns}
-    batch = _Batch({"weight": jnp.ones(4), **extras}, title)
-    policy = _Completions(completions(declared.policy), title)
-    return policy, _NoReference(completions(declared.reference), title), batch
+    batch = {"weight": jnp.ones(4), **extras}
+    return _Trial(completions(declared.policy), completions(declared.reference), batch)
 
 
-def _examples_meet(
-    loss_of: Callable, declared: Needs, names: Sequence[str], columns: Sequence[str], title: str
-) -> bool:
-    """Whether changing all that is known of the last example changes the loss of another."""
-    state = declared.state()
-    for seed in range(8):
-        policy, reference, batch = _examples(declared, names, columns, title, 5.0, seed)
-        before, *_ = loss_of(policy, reference, batch, state)
+def _at_reference(trial: _Trial, declared: Needs) -> _Trial:
+    """The trial with a reference that equals the policy bit for bit."""
+
+    def anchor(name: str, one: logps.Logps) -> logps.Logps:
+        own = trial.reference[name].statistics
+        return one._replace(statistics={k: one.statistics.get(k, own[k]) for k in own})
+
+    equal = {name: anchor(name, one) for name, one in trial.policy.items()}
+    return trial._replace(reference=equal)
+
+
+def _gradient(run: Callable, trial: _Trial) -> list[np.ndarray]:
+    """Gradients of the summed losses in what was scored under the policy."""
+
+    def objective(scored):
+        policy = {name: trial.policy[name]._replace(**sums) for name, sums in scored.items()}
+        return jnp.sum(run(trial._replace(policy=policy))[0])
+
+    scored = {
+        name: {"total": one.total, "statistics": one.statistics}
+        for name, one in trial.policy.items()
+    }
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(jax.grad(objective)(scored))]
+
+
+def _examples_meet(run: Callable, trials: Sequence[_Trial], declared: bool) -> bool:
+    """Whether an example's loss changes with another one, or where it is declared that it does,
+    with an empty slot.
+    """
+    for number, trial in enumerate(trials):
         # up and down, since a statistic may be held on one side
-        shift = 10.0 * (-1) ** seed
-        columns_moved = {n: batch[n].at[3].set(1.0 - batch[n][3]) for n in columns}
-        after, *_ = loss_of(
-            _Completions(_move_last(policy, shift), title),
-            _Completions(_move_last(reference, -shift), title),
-            _Batch({**batch, **columns_moved}, title),
-            state,
-        )
-        if not np.array_equal(np.asarray(before)[:3], np.asarray(after)[:3]):
-            return True
+        shift = 10.0 * (-1) ** number
+        emptied = trial.without_last()
+        pairs = [(emptied, emptied.moved(3, shift), 3)]
+        if not declared:
+            pairs += [(trial, emptied, 3)]
+            pairs += [(trial, trial.moved(example, shift), example) for example in range(4)]
+        for one, other, example in pairs:
+            before, after = (np.delete(np.asarray(run(t)[0]), example) for t in (one, other))
+            if not np.array_equal(before, after):
+                return True
     return False
-
-
-def _move_last(completions: Mapping[str, logps.Logps], shift: float) -> dict[str, logps.Logps]:
-    def move(one: logps.Logps) -> logps.Logps:
-        statistics = {name: sums.at[3].add(shift) for name, sums in one.statistics.items()}
-        return logps.Logps(one.total.at[3].add(shift), one.length.at[3].add(7), statistics)
-
-    return {name: move(one) for name, one in completions.items()}
 
 
 def weighted_sums(

@@ -278,7 +278,7 @@ def from_json(record: Mapping, module_path: str | Path | None = None) -> config.
     if missing:
         raise ValueError(f"missing fields: {', '.join(f'loss.{name}' for name in missing)}")
     for name, (annotation, _) in config.loss_fields(function).items():
-        if is_function_type(annotation):
+        if isinstance(loss[name], str) and is_function_type(annotation):
             loss[name] = functions.from_name(loss[name], module)
     fields["loss"] = config.Loss(function, **loss)
     return config.Experiment(**fields)
@@ -294,7 +294,7 @@ def sections() -> Iterator[tuple[str, type]]:
 def is_function_type(annotation: Any) -> bool:
     """Whether an annotation is Callable or Callable | None."""
     options = [annotation, *typing.get_args(annotation)]
-    return any(typing.get_origin(option) is Callable for option in options)
+    return any(Callable in (option, typing.get_origin(option)) for option in options)
 
 
 def check_keys(record: Mapping, fields: Sequence[dataclasses.Field], prefix: str) -> None:

@@ -4,13 +4,16 @@ against each other.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 
 from dpo_jax import config, contract, initial, paths, reference, sharding
 from dpo_jax.data import tokenise, tokenizer
+
+# completions and columns that unpaired examples may have
+UNPAIRED = ("completion", "mismatched"), ("desirable", "density_ratio")
 
 
 class Inputs(NamedTuple):
@@ -39,22 +42,12 @@ def load(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Inputs:
             f"{words.vocabulary_size} tokens and the model {experiment.model.source} a vocabulary "
             f"of {vocabulary}: give --data.tokenizer or --model.source so that they fit"
         )
-    train, held_out = tokenise.load(experiment.data, words, experiment.data.examples)
+    train, held_out = load_examples(experiment, words)
     check_lengths(train, start.model.config.max_positions, experiment)
     pairs = None
-    if experiment.data.examples == "unpaired":
+    # their rewards are log-ratios
+    if experiment.data.examples == "unpaired" and experiment.reference.source is not None:
         pairs = tokenise.load_pairs_for_evaluation(experiment.data, words)
-    loss = experiment.loss
-    contract.check(
-        loss.function,
-        loss.hyperparameters,
-        train.names,
-        tuple(train.columns),
-        experiment.reference.source is not None,
-    )
-    shared = 1 if experiment.statistics == "global" else experiment.microbatches
-    examples = experiment.batch_size // shared
-    contract.advise(loss.function, contract.Facts(loss.hyperparameters, train.columns, examples))
     if experiment.samples.count and held_out is None:
         raise ValueError(
             f"samples.count is {experiment.samples.count}, and there are no held-out prompts to "
@@ -63,13 +56,54 @@ def load(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Inputs:
     return Inputs(start, words, train, held_out, pairs)
 
 
+def load_examples(
+    experiment: config.Experiment, words: tokenizer.Tokenizer
+) -> tuple[tokenise.Tokenised, tokenise.Tokenised | None]:
+    """The training and held-out examples with the completions that the loss reads; ValueError where
+    it breaks its contract on them.
+    """
+    loss, kind = experiment.loss, experiment.data.examples
+
+    def reads(names: Sequence[str], columns: Iterable[str]) -> set[str]:
+        return contract.reads(loss.function, loss.hyperparameters, names, tuple(columns))
+
+    # what is not read is not made either
+    mismatched = kind != "unpaired" or "mismatched" in reads(*UNPAIRED)
+    train, held_out = tokenise.load(experiment.data, words, kind, mismatched=mismatched)
+    has_reference, columns = experiment.reference.source is not None, tuple(train.columns)
+    if held_out is not None and (held_out.names, tuple(held_out.columns)) != (train.names, columns):
+        raise ValueError(
+            f"the held-out examples have {', '.join([*held_out.names, *held_out.columns])} and the "
+            f"training ones {', '.join([*train.names, *columns])}: both must have the same"
+        )
+    contract.check(loss.function, loss.hyperparameters, train.names, columns, has_reference)
+    shared = 1 if experiment.statistics == "global" else experiment.microbatches
+    facts = contract.Facts(loss.hyperparameters, train.columns, experiment.batch_size // shared)
+    contract.advise(loss.function, facts)
+    read = reads(train.names, columns)
+    return tokenise.select(train, read), held_out and tokenise.select(held_out, read)
+
+
 def check_switches(experiment: config.Experiment) -> None:
     """Raises ValueError for a switch that would have no effect."""
     check_reference(experiment.reference, experiment.steps)
+    check_statistics(experiment)
     start = experiment.profile.start
     if start is not None and start >= experiment.steps:
         raise ValueError(
             f"profile.start is {start}, and the run has {experiment.steps} steps: it must be less"
+        )
+
+
+def check_statistics(experiment: config.Experiment) -> None:
+    """Raises ValueError where statistics is microbatch to no effect."""
+    loss, parts = experiment.loss.function, experiment.microbatches
+    if experiment.statistics == "microbatch" and not (
+        parts > 1 and contract.accumulates_apart(loss)
+    ):
+        cause = "microbatches is 1" if parts == 1 else f"loss {loss.__name__} has no statistics"
+        raise ValueError(
+            f"statistics is microbatch, which changes nothing where {cause}: leave it out"
         )
 
 

@@ -31,10 +31,11 @@ Score = Callable[[jax.Array], jax.Array]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Interval(ge=0, le=1)]
+Share = Annotated[float, Interval(gt=0, le=1)]
 Smoothing = Annotated[float, Interval(ge=0, lt=0.5)]
 
 # a score's exponent is held at this, beyond which its gradient is 0
-LARGEST_EXPONENT = 20.0
+LARGEST_EXPONENT = 40.0
 # examples of KTO's smallest batch in its paper
 FEWEST_OF_KTO = 8
 
@@ -196,7 +197,8 @@ def alpha_dpo(
     """`dpo` under the alpha-divergence: D of s = (exp((a-1) r) - 1) / (a-1).
     https://arxiv.org/abs/2309.16240.
 
-    a = 1 is DPO, a = 0 the forward KL. Exponents are held at 20. Defaults: TRL's.
+    a = 1 is DPO, a = 0 the forward KL: TRL's alpha, which is 1 less the paper's. Exponents are held
+    at 40, and beyond it a completion has no gradient. Defaults: TRL's.
     Agrees with TRL (sigmoid, f_divergence_type alpha_divergence), which holds exponents at 80.
 
     beta: how strongly the policy is tied to the reference, in 1 / nats
@@ -426,7 +428,7 @@ def apo_down(policy, reference, batch, *, beta: Positive = 0.1) -> Losses:
     return losses, pair_metrics(beta * chosen, beta * rejected)
 
 
-def discopop(policy, reference, batch, *, beta: Positive = 0.1, tau: Positive = 0.05) -> Losses:
+def discopop(policy, reference, batch, *, beta: Positive = 0.1, tau: Share = 0.05) -> Losses:
     """(1-k) (-log sig(z)) + k exp(-z), z = b D, k = sig(z / tau). https://arxiv.org/abs/2406.08414.
 
     The log-ratio modulated loss. k exp(-z) is taken as one exponential, finite at any z. Defaults:
@@ -463,8 +465,8 @@ def dpop(policy, reference, batch, *, beta: Positive = 0.1, lam: NonNegative = 5
     """-log sig(b (r_w - r_l - lambda max(0, -r_w))). DPO-Positive,
     https://arxiv.org/abs/2402.13228.
 
-    The last term keeps the chosen from getting less likely than under the reference. Defaults: the
-    paper's. TRL has none.
+    The last term keeps the chosen from getting less likely than under the reference. Default
+    lambda: the paper's. TRL has none.
 
     beta: how strongly the policy is tied to the reference, in 1 / nats
     lam: weight of a fall of the chosen completion's log-probability
@@ -572,17 +574,18 @@ def wpo(
 
 
 def advise_kto(facts: contract.Facts) -> list[str]:
-    """Warns of weights that do not suit the data, section 4.2 of https://arxiv.org/abs/2402.01306,
+    """Warns of weights that do not suit the data, section 4 of https://arxiv.org/abs/2402.01306,
     and of a KL that is the mean of too few examples.
     """
     good = facts.hyperparameters["lambda_desirable"] * facts.columns["desirable"].sum()
     bad = facts.hyperparameters["lambda_undesirable"] * (1 - facts.columns["desirable"]).sum()
     lines = []
-    # 5 %: label noise and dropped rows make pairs' halves a little unequal
-    if not 0.95 * bad <= good <= 1.05 * 4 / 3 * bad:
+    # the later version's bound; 5 %: noise and dropped rows make pairs' halves a little unequal
+    if not 0.95 * bad <= good <= 1.05 * 3 / 2 * bad:
         lines.append(
             "lambda_desirable times the desirable examples over lambda_undesirable times the "
-            f"undesirable ones is {good:g} / {bad:g}; it should be 1 to 4/3"
+            f"undesirable ones is {good:g} / {bad:g}; it should be 1 to 4/3 (in the paper's later "
+            "version 3/2)"
         )
     if facts.examples < FEWEST_OF_KTO:
         lines.append(
@@ -609,7 +612,8 @@ def kto(
     z = max(0, mean of the mismatched completions' log-ratios) estimates KL(policy, reference); it
     has no gradient. Its mean is over what `Experiment.statistics` says: the global batch (the
     default) or each microbatch, as in TRL. Held out, it is over each batch of the evaluation.
-    w_D n_D / (w_U n_U) should lie in [1, 4/3]. Defaults: the paper's. Agrees with TRL and HALOs.
+    w_D n_D / (w_U n_U) should lie in [1, 4/3], in the paper's later version [1, 3/2]. Defaults: the
+    paper's. Agrees with TRL and HALOs.
 
     beta: how strongly the policy is tied to the reference, in 1 / nats
     lambda_desirable: w_D, weight of the desirable examples
@@ -714,7 +718,7 @@ def bco_joint(
     """`bco` with d the one running mean over all examples. https://arxiv.org/abs/2404.04656.
 
     With as many desirable examples as undesirable ones d is that of `bco`. Default: TRL's.
-    Agrees with TRL's former BCOTrainer (before 1.16).
+    Agrees with TRL's former BCOTrainer (before 1.16), which held out leaves d as it is.
 
     beta: how strongly the policy is tied to the reference, in 1 / nats
     """
@@ -770,7 +774,7 @@ def orpo(policy, reference, batch, *, lam: NonNegative = 0.1) -> Losses:
 
     Token MEAN. The NLL is over the chosen completion's tokens alone, the example's own mean, then
     the mean over examples; `orpo_prompt` takes the prompt in. Rewards are lambda m. Default: the
-    paper's. Agrees with LLaMA-Factory but for the NLL's normaliser (token mean over the batch).
+    paper's. Agrees with LLaMA-Factory.
 
     lam: weight of the odds ratio beside the NLL
     """
@@ -821,7 +825,7 @@ def alphapo(
     """-log sig(b (R(m_w) - R(m_l)) - gamma), R(m) = (1 - exp(-a m)) / a.
     https://arxiv.org/abs/2501.03884.
 
-    `simpo` at a = 0, where R(m) is m. Token MEAN; exponents are held at 20; rewards are b R.
+    `simpo` at a = 0, where R(m) is m. Token MEAN; exponents are held at 40; rewards are b R.
     Defaults: a the paper's, b and gamma those of SimPO for Mistral-7B-Instruct.
     Agrees with TRL (CPOTrainer's alphapo), whose a is 0 unless given.
 
@@ -942,7 +946,7 @@ def mpo(
     quality: NonNegative = 0.2,
     generation: NonNegative = 1.0,
 ) -> Losses:
-    """0.8 `dpo` + 0.2 `bco_pair` + `preferred_ft`. https://arxiv.org/abs/2411.10442.
+    """The sum of `dpo`, `bco_pair` and `preferred_ft`, weighted. https://arxiv.org/abs/2411.10442.
 
     Token sum in the first two, the chosen's own token mean in the last. Defaults: the paper's.
     Agrees with TRL (loss_type sigmoid, bco_pair, sft with these weights) but for the NLL's

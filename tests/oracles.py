@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-LARGEST_EXPONENT = 20.0
+LARGEST_EXPONENT = 40.0
 
 
 class Scored(NamedTuple):

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dpo_jax import assemble, checkpoint, config, optimizer, sharding
+from dpo_jax import assemble, checkpoint, config, contract, optimizer, sharding
 from dpo_jax.model.config import PRESETS
 
 
@@ -27,7 +27,7 @@ def eight_devices() -> Mesh:
 def items_on(mesh: Mesh, params: dict) -> dict:
     """Parameters and optimizer state as a run saves them, with moments that are not 0."""
     tx = optimizer.make(config.Optimizer())
-    state, _ = assemble.make_state(sharding.place(params, mesh), tx, mesh)
+    state, _ = assemble.make_state(sharding.place(params, mesh), tx, contract.Needs(), mesh)
     generator = np.random.default_rng(1)
 
     def fill(leaf):
@@ -103,7 +103,10 @@ def test_the_moments_of_another_optimizer_are_refused(saved):
     folder, items = saved
     mesh = one_device()
     other, _ = assemble.make_state(
-        items["params"], optimizer.make(config.Optimizer(kind="adafactor")), mesh
+        items["params"],
+        optimizer.make(config.Optimizer(kind="adafactor")),
+        contract.Needs(),
+        mesh,
     )
     wanted = checkpoint.abstract({**items, "opt_state": other.opt_state})
     with checkpoint.make_checkpointer(folder, config.Checkpoint()) as checkpointer:

@@ -1,3 +1,5 @@
+import functools
+import math
 import re
 import warnings
 
@@ -51,12 +53,121 @@ def test_every_loss_passes_with_more_completions_than_it_reads():
 def test_hyperparameters_reach_the_loss():
     seen = []
 
-    def loss(policy, reference, batch, *, beta):
-        seen.append(beta)
-        return beta * margin(policy, reference), {}
+    def loss(policy, reference, batch, *, beta, power):
+        seen.append(power)
+        return beta * margin(policy, reference) ** power, {}
 
-    check(loss, beta=0.25)
-    assert set(seen) == {0.25}
+    check(loss, beta=0.25, power=2)
+    assert set(seen) == {2}
+
+
+def test_a_loss_that_needs_the_value_of_a_float_is_refused_since_it_is_traced():
+    def loss(policy, reference, batch, *, beta):
+        return math.log(beta) * margin(policy, reference), {}
+
+    with pytest.raises(TypeError, match="concrete|float"):
+        check(loss, beta=0.25)
+
+
+def test_a_mean_that_counts_empty_slots_is_refused():
+    @contract.declare(batch_statistics=True)
+    def loss(policy, reference, batch):
+        found = margin(policy, reference)
+        return found - jnp.mean(found), {}
+
+    with pytest.raises(ValueError, match="an empty slot .weight 0. changes the loss"):
+        check(loss)
+
+    @contract.declare(batch_statistics=True)
+    def right(policy, reference, batch):
+        found = margin(policy, reference)
+        return found - losses.batch_mean(found, batch), {}
+
+    check(right)
+
+
+@pytest.mark.parametrize(
+    "mixed",
+    [
+        lambda found, batch: found - jnp.cumsum(found),
+        lambda found, batch: found - jnp.roll(found, 1),
+        lambda found, batch: found * 64 / jnp.sum(batch["weight"]),
+    ],
+    ids=["all before", "the one before", "their number"],
+)
+def test_examples_that_meet_in_whatever_way_have_to_be_declared(mixed):
+    def loss(policy, reference, batch):
+        return mixed(margin(policy, reference), batch), {}
+
+    with pytest.raises(ValueError, match="changes with other examples"):
+        check(loss)
+
+
+def test_a_gradient_that_is_not_finite_is_refused():
+    def loss(policy, reference, batch):
+        found = margin(policy, reference)
+        return jnp.where(found > -1e9, found, jnp.sqrt(-1e9 - found)), {}
+
+    with pytest.raises(ValueError, match="they must be finite"):
+        check(loss)
+
+
+def test_a_gradient_is_looked_at_where_policy_equals_reference():
+    def loss(policy, reference, batch):
+        return jnp.abs(margin(policy, reference)) ** 0.5, {}
+
+    with pytest.raises(ValueError, match="they must be finite"):
+        check(loss)
+
+
+def test_a_reference_that_is_read_by_get_or_values_counts_as_read():
+    def by_get(policy, reference, batch):
+        return policy["chosen"].total - reference.get("chosen").total, {}
+
+    def by_values(policy, reference, batch):
+        return policy["chosen"].total - sum(one.total for one in reference.values()), {}
+
+    check(by_get)
+    check(by_values)
+
+
+def test_a_state_of_another_shape_is_refused():
+    @contract.declare(batch_statistics=True, state=lambda: jnp.zeros(()))
+    def loss(policy, reference, batch, state):
+        found = margin(policy, reference)
+        return found, {}, state + found
+
+    with pytest.raises(ValueError, match="was given a state of .* they must be alike"):
+        check(loss)
+
+
+def test_a_state_that_is_returned_and_not_declared_is_refused():
+    def loss(policy, reference, batch):
+        return margin(policy, reference), {}, 3
+
+    with pytest.raises(ValueError, match="must return losses and metrics"):
+        check(loss)
+
+
+def test_a_statistic_without_a_name_is_refused():
+    @contract.declare(policy={"head": functools.partial(losses.head)})
+    def loss(policy, reference, batch):
+        return margin(policy, reference), {}
+
+    with pytest.raises(ValueError, match="define a function with a name"):
+        check(loss)
+
+
+@pytest.mark.parametrize(
+    ("loss", "names", "read"),
+    [
+        (losses.dpo, (*PAIRS, "gold"), set(PAIRS)),
+        (losses.kto, UNPAIRED, set(UNPAIRED)),
+        (losses.bco, UNPAIRED, {"completion"}),
+    ],
+)
+def test_the_completions_that_a_loss_reads_are_found(loss, names, read):
+    assert contract.reads(loss, {}, names, ("desirable",)) == read
 
 
 @pytest.mark.parametrize(
@@ -84,8 +195,9 @@ def test_a_missing_column_of_another_name_is_named_without_that_cure():
     def weighted(policy, reference, batch):
         return batch["gap"] * margin(policy, reference), {}
 
-    with pytest.raises(ValueError, match=r"reads batch\['gap'\], and the batch has weight$"):
+    with pytest.raises(ValueError) as error:
         check(weighted)
+    assert str(error.value) == "loss weighted reads batch['gap'], and the batch has weight"
 
 
 def test_a_loss_that_reads_a_reference_needs_one():
@@ -297,7 +409,7 @@ def advice(desirable: int, undesirable: int, examples: int = 8, **weights) -> li
 def test_kto_warns_of_weights_that_do_not_suit_the_data():
     assert advice(100, 100) == advice(130, 100) == advice(49, 51) == []
     assert advice(100, 300, lambda_desirable=3.0) == []
-    for found in (advice(50, 100), advice(150, 100), advice(100, 100, lambda_undesirable=2.0)):
+    for found in (advice(50, 100), advice(160, 100), advice(100, 100, lambda_undesirable=2.0)):
         assert len(found) == 1 and "it should be 1 to 4/3" in found[0]
     assert "is 50 / 100" in advice(50, 100)[0]
 

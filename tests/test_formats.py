@@ -270,6 +270,12 @@ def test_a_triple_has_a_gold_completion_and_gives_a_pair_too():
     assert one(TRIPLE, "pairs").completions == {"chosen": "c", "rejected": "r"}
     messages = {**TRIPLE, "prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "gold": [GOOD]}
     assert one(messages, "triples").completions["gold"] == [GOOD]
+    assert one({**messages, "gold": "good"}, "triples").completions["gold"] == [GOOD]
+    assert one({**TRIPLE, "gold": [GOOD]}, "triples").completions["chosen"] == [
+        {"role": "assistant", "content": "c"}
+    ]
+    # a field of another meaning
+    assert formats.form_of(rows_of({**PAIR, "gold": 0.3}), config.Data()) == "pairs"
 
 
 def test_ranked_completions_are_best_first_or_in_the_order_of_their_scores():
@@ -289,7 +295,8 @@ def test_ranked_completions_are_best_first_or_in_the_order_of_their_scores():
     ("kind", "row", "reason", "parts"),
     [
         ("triples", {**TRIPLE, "gold": " "}, "empty completion", ["'gold'", "' '"]),
-        ("triples", {**TRIPLE, "gold": [GOOD]}, "wrong type", ["'gold'", "list", "a string"]),
+        ("triples", {**TRIPLE, "gold": "r"}, "gold equal to rejected", ["'r'"]),
+        ("triples", {**TRIPLE, "gold": [USER]}, "completion not the assistant's", ["'gold'"]),
         ("ranked", {**RANKED, "completions": ["a"]}, "number of completions", ["1 of them"]),
         ("ranked", {**RANKED, "completions": list("abcdefghijk")}, "number of completions", ["11"]),
         ("ranked", {**RANKED, "completions": "abc"}, "wrong type", ["'completions' is 'abc'"]),

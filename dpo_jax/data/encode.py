@@ -118,13 +118,20 @@ def check_ids(prompt: list[int], completions: dict[str, list[int]]) -> None:
     for name, ids in completions.items():
         if len(ids) == 1:
             raise transcripts.BadRow("empty completion", f"{name} has no token before EOS")
-    for one, other in itertools.combinations(completions, 2):
-        # a gold completion may be the chosen one too
-        if completions[one] == completions[other] and formats.GOLD not in (one, other):
-            raise transcripts.BadRow(
-                f"{one} equal to {other}",
-                f"{one} and {other} differ as text and have the same token ids",
-            )
+    for one, other in equal(completions):
+        raise transcripts.BadRow(
+            f"{one} equal to {other}",
+            f"{one} and {other} differ as text and have the same token ids",
+        )
+
+
+def equal(completions: dict[str, list[int]]) -> list[tuple[str, str]]:
+    """The pairs of completions that have the same ids; a gold one may be the chosen one too."""
+    return [
+        (one, other)
+        for one, other in itertools.combinations(completions, 2)
+        if completions[one] == completions[other] and {one, other} != {"chosen", formats.GOLD}
+    ]
 
 
 def fit(
@@ -156,7 +163,7 @@ def fit(
     short = cut_prompt(prompt, bos_id, data.max_prompt_length or data.max_length // 2)
     room = data.max_length - len(short)
     cut = {name: ids[:room] for name, ids in completions.items()}
-    if "chosen" in cut and cut["chosen"] == cut["rejected"]:
+    if equal(cut):
         counts["dropped equal after truncation"] += 1
         return None
     counts["cut prompts"] += len(short) < len(prompt)

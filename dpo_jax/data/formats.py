@@ -159,7 +159,7 @@ def forms_that_fit(row: dict[str, Any]) -> list[str]:
             isinstance(message, dict) and message.get("role") != "assistant" for message in chosen
         )
         if "prompt" in fields and not messages:
-            forms.append("triples" if GOLD in fields else "pairs")
+            forms.append("triples" if isinstance(row.get(GOLD), (str, list)) else "pairs")
         text = isinstance(chosen, str) and transcripts.MARKER.match(chosen) is not None
         if "prompt" not in fields or messages or text:
             forms.append("transcripts")
@@ -203,17 +203,18 @@ def parse_pair(row: dict[str, Any]) -> Example:
 
 def parse_triple(row: dict[str, Any]) -> Example:
     """An example of a row with prompt, gold, chosen and rejected."""
-    parsed = parse_pair(row)
-    gold = text_or_messages(row, GOLD)
-    if isinstance(gold, str) == isinstance(parsed.prompt, list):
+    parsed, gold = parse_pair(row), text_or_messages(row, GOLD)
+    prompt, completions = parsed.prompt, {**parsed.completions, GOLD: filled(gold, GOLD)}
+    if isinstance(prompt, list) or isinstance(gold, list):
+        prompt = as_messages(prompt, "prompt")
+        completions = {name: as_messages(one, name) for name, one in completions.items()}
+        check_answer(completions[GOLD], GOLD)
+    if completions[GOLD] == completions["rejected"]:
         raise BadRow(
-            "wrong type",
-            f"field 'gold' is of type {type(gold).__name__}; it must be as prompt, chosen and "
-            f"rejected are, {'a list of messages' if isinstance(gold, str) else 'a string'}",
+            "gold equal to rejected",
+            f"fields 'gold' and 'rejected' are equal, {sources.shorten(gold)}, and must differ",
         )
-    if isinstance(gold, list):
-        check_answer(gold, GOLD)
-    return parsed._replace(completions={**parsed.completions, GOLD: filled(gold, GOLD)})
+    return parsed._replace(prompt=prompt, completions=completions)
 
 
 def parse_ranked(row: dict[str, Any]) -> Example:

@@ -5,6 +5,7 @@ Dimensions: T tokens, N examples, C completions of each.
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -63,12 +64,15 @@ class Side:
     label_noise: float = 0.0
 
 
-def load(data: config.Data, tokenizer: Tokenizer, kind: str) -> tuple[Tokenised, Tokenised | None]:
+def load(
+    data: config.Data, tokenizer: Tokenizer, kind: str, *, mismatched: bool = True
+) -> tuple[Tokenised, Tokenised | None]:
     """The training and the held-out examples (None where none are asked for), tokenised once.
 
     kind is pairs (completions chosen, rejected), triples (these and gold), ranked (completion_0,
-    the best, and on), unpaired (completion, mismatched, and column desirable) or sft (completion).
-    ValueError for data that cannot be used, naming file and line, field, value and cure.
+    the best, and on), unpaired (completion, mismatched unless that is False, and column desirable)
+    or sft (completion). ValueError for data that cannot be used, naming file and line, field, value
+    and cure.
     """
     if data.label_noise and kind == "sft":
         raise ValueError(
@@ -76,8 +80,10 @@ def load(data: config.Data, tokenizer: Tokenizer, kind: str) -> tuple[Tokenised,
             "flip; set it to 0"
         )
     names = ["train", "held_out"] if wants_held_out(data) else ["train"]
+    make = functools.partial(tokenise, data=data, words=tokenizer, kind=kind, mismatched=mismatched)
+    stored = kind if mismatched else f"{kind} alone"
     train, *held_out = through_cache(
-        data, tokenizer, kind, names, lambda: list(sides(data, kind).values())
+        data, tokenizer, stored, names, lambda: [make(one) for one in sides(data, kind).values()]
     )
     return train, held_out[0] if held_out else None
 
@@ -94,10 +100,25 @@ def load_pairs_for_evaluation(data: config.Data, tokenizer: Tokenizer) -> Tokeni
         source, split = data.source, data.split
     if formats.form_of(sources.read(source, split), data) not in formats.PAIRED:
         return None
-    held_out = through_cache(
-        data, tokenizer, "pairs", ["pairs"], lambda: [evaluation_side(data, "pairs")]
+
+    def make() -> list[Tokenised]:
+        return [tokenise(evaluation_side(data, "pairs"), data, tokenizer, "pairs")]
+
+    return through_cache(data, tokenizer, "pairs", ["pairs"], make)[0]
+
+
+def select(data: Tokenised, names: set[str]) -> Tokenised:
+    """The data with these of its completions alone."""
+    kept = [place for place, name in enumerate(data.names) if name in names]
+    if len(kept) == len(data.names):
+        return data
+    own = tuple(data.names[place] for place in kept)
+    return dataclasses.replace(
+        data,
+        names=own,
+        completions=data.completions[:, kept],
+        fingerprint=f"{data.fingerprint} {' '.join(own)}",
     )
-    return held_out[0]
 
 
 def describe(report: dict[str, int]) -> str:
@@ -157,7 +178,9 @@ def read_side(source: str, split: str, data: config.Data, kind: str) -> Side:
     return Side(found, report)
 
 
-def tokenise(side: Side, data: config.Data, words: Tokenizer, kind: str) -> Tokenised:
+def tokenise(
+    side: Side, data: config.Data, words: Tokenizer, kind: str, mismatched: bool = True
+) -> Tokenised:
     """The token ids of one side, with mismatched completions and label noise."""
     counts = collections.Counter(side.report)
     kept = encode.encode(side.examples, words, data, counts)
@@ -172,13 +195,14 @@ def tokenise(side: Side, data: config.Data, words: Tokenizer, kind: str) -> Toke
         if kept[0].example.density_ratio is not None:
             ratios = [one.example.density_ratio for one in kept]
             columns["density_ratio"] = np.array(ratios, np.float32)
+    if kind == "unpaired" and mismatched:
         texts = [json.dumps(one.example.prompt) for one in kept]
-        mismatched = completions[labels.mismatch(texts, data.seed), 0]
+        others = completions[labels.mismatch(texts, data.seed), 0]
         room = data.max_length - (prompts[:, 1] - prompts[:, 0])
-        stops = np.minimum(mismatched[:, 1], mismatched[:, 0] + room)
-        counts["cut mismatched"] = int((stops < mismatched[:, 1]).sum())
-        mismatched = np.stack([mismatched[:, 0], stops], axis=1)
-        completions = np.stack([completions[:, 0], mismatched], axis=1)
+        stops = np.minimum(others[:, 1], others[:, 0] + room)
+        counts["cut mismatched"] = int((stops < others[:, 1]).sum())
+        others = np.stack([others[:, 0], stops], axis=1)
+        completions = np.stack([completions[:, 0], others], axis=1)
         names = ("completion", "mismatched")
     if side.label_noise:
         flipped = labels.flips(len(kept), side.label_noise, data.seed)
@@ -227,16 +251,16 @@ def through_cache(
     words: Tokenizer,
     kind: str,
     names: list[str],
-    make_sides: Callable[[], list[Side]],
+    make: Callable[[], list[Tokenised]],
 ) -> list[Tokenised]:
-    """What the cache holds under these names, or else what the sides give, which is then kept."""
+    """What the cache holds under these names, or else what is made now, which is then kept."""
     folder = paths.join(paths.cache_folder(), "tokenised", cache_key(data, words, kind))
     files = [paths.join(folder, f"{name}.npz") for name in names]
     cached = [unpack(file) for file in files]
     found = [one for one in cached if one is not None]
     if len(found) == len(files):
         return found
-    made = [tokenise(side, data, words, kind) for side in make_sides()]
+    made = make()
     for file, one in zip(files, made, strict=True):
         paths.write_bytes(file, packed(one))
     return made
