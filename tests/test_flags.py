@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -317,7 +318,7 @@ def test_the_environment_has_versions_commit_and_command(file, tmp_path):
     assert record["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert re.match(r"\d+\.\d+", record["versions"]["jax"])
     assert record["git_commit"] is None or re.fullmatch(r"[0-9a-f]{40}", record["git_commit"])
-    assert "pytest" in record["command"]
+    assert record["command"] == shlex.join(sys.orig_argv)
     assert record["started"].endswith("+00:00")
 
 

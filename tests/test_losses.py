@@ -817,6 +817,11 @@ OUT_OF_RANGE: list[tuple[str, str, float, str]] = [
 ]
 
 
+def test_a_range_is_named_with_both_ends():
+    with pytest.raises(ValueError, match=r"is 0\.5; it must be >= 0 and < 0\.5$"):
+        config.Loss(losses.dpo, label_smoothing=0.5)
+
+
 @pytest.mark.parametrize(("name", "hyperparameter", "value", "allowed"), OUT_OF_RANGE)
 def test_a_hyperparameter_out_of_range_is_refused_with_the_range(
     name, hyperparameter, value, allowed
@@ -824,8 +829,10 @@ def test_a_hyperparameter_out_of_range_is_refused_with_the_range(
     loss = getattr(losses, name)
     required = {k: 0.5 for k, v in trials.SPECS[name].defaults.items() if v is trials.REQUIRED}
     assert config.Loss(loss, **required).function is loss
-    message = f"loss.{hyperparameter} is {value!r}; it must be {allowed}"
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    message = f"loss.{hyperparameter} is {value!r}; it must be "
+    # the bound that is broken, among the others
+    bounds = rf"(.* and )?{re.escape(allowed)}( and .*)?"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}{bounds}$"):
         config.Loss(loss, **{**required, hyperparameter: value})
 
 
