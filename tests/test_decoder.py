@@ -11,18 +11,19 @@ import pytest
 from dpo_jax.model import config as model_config
 from dpo_jax.model import decoder
 from dpo_jax.model.attention import Ids
-from dpo_jax.model.config import PRESETS, DecoderConfig, RopeScaling
+from dpo_jax.model.config import DecoderConfig, Kind, Llama3Scaling, Rope
+from dpo_jax.model.presets import PRESETS
 from tests import tiny
 
 SMALL = tiny.DECODER
-SCALING = RopeScaling(
+SCALING = Llama3Scaling(
     factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_max_positions=16
 )
 VARIANTS = {
     "plain": SMALL,
     "tied": dataclasses.replace(SMALL, tied_head=True),
-    "window": dataclasses.replace(SMALL, sliding_window=3),
-    "llama3 rope": dataclasses.replace(SMALL, rope_scaling=SCALING),
+    "window": dataclasses.replace(SMALL, block=(Kind(window=3),)),
+    "llama3 rope": dataclasses.replace(SMALL, block=(Kind(rope=Rope(scaling=SCALING)),)),
 }
 
 draw_params = functools.partial(tiny.draw_params, scale=0.3)
@@ -51,20 +52,22 @@ def run(config: DecoderConfig, params: dict, tokens, ids: Ids, **options: Any) -
 def decode_by_numpy(config: DecoderConfig, params: dict, tokens: np.ndarray) -> np.ndarray:
     """Final hidden states [L, D] of one sequence in float64, as the Llama papers write them."""
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    (kind,) = config.block
+    window = kind.window or len(tokens)
+    rope = kind.rope or Rope()
 
     def norm(x, scale):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_epsilon) * scale
 
     def turn(x, position):  # [Dh]: the pairs (i, i + Dh / 2) as complex numbers
         half = config.head_dim // 2
-        inverse = config.rope_theta ** (-np.arange(half) / half)
-        if config.rope_scaling is not None:
-            inverse = np.array([stretch(f, config.rope_scaling) for f in inverse])
+        inverse = rope.theta ** (-np.arange(half) / half)
+        if isinstance(rope.scaling, Llama3Scaling):
+            inverse = np.array([stretch(f, rope.scaling) for f in inverse])
         turned = (x[:half] + 1j * x[half:]) * np.exp(1j * position * inverse)
         return np.concatenate([turned.real, turned.imag])
 
     x = params["embedding"][tokens]
-    window = config.sliding_window or len(tokens)
     for n in range(config.layers):
         layer = jax.tree.map(lambda leaf, n=n: leaf[n], params["layers"])
         q, k, v = (
@@ -91,7 +94,7 @@ def decode_by_numpy(config: DecoderConfig, params: dict, tokens: np.ndarray) -> 
     return norm(x, params["norm"]["scale"])
 
 
-def stretch(frequency: float, scaling: RopeScaling) -> float:
+def stretch(frequency: float, scaling: Llama3Scaling) -> float:
     """The rule of Llama 3.1's release, one frequency at a time."""
     wavelength = 2 * np.pi / frequency
     context = scaling.original_max_positions
@@ -251,7 +254,7 @@ def test_published_models_have_their_published_parameter_counts():
         "mistral-7b": 7_241_732_096,
     }
     for name, count in published.items():
-        shapes = jax.eval_shape(functools.partial(decoder.init, PRESETS[name]), jax.random.key(0))
+        shapes = decoder.shapes(PRESETS[name])
         assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count, name
         assert model_config.parameter_count(PRESETS[name]) == count, name
 
@@ -259,7 +262,7 @@ def test_published_models_have_their_published_parameter_counts():
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_count_their_parameters_and_every_one_has_logical_axes(name):
     config = PRESETS[name]
-    params = jax.eval_shape(functools.partial(decoder.init, config), jax.random.key(0))
+    params = decoder.shapes(config)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == model_config.parameter_count(
         config
     )
@@ -280,8 +283,8 @@ def test_presets_count_their_parameters_and_every_one_has_logical_axes(name):
 
 
 def test_a_parameter_without_logical_axes_is_named():
-    params = {"layers": {"attention": {"bias": np.zeros((2, 3))}}}
-    with pytest.raises(ValueError, match=r"layers/attention/bias of shape \(2, 3\): not listed"):
+    params = {"layers": {"attention": {"sink": np.zeros((2, 3))}}}
+    with pytest.raises(ValueError, match=r"layers/attention/sink of shape \(2, 3\): not listed"):
         decoder.logical_axes(params)
     with pytest.raises(ValueError, match=r"embedding of shape \(3,\): its rule is"):
         decoder.logical_axes({"embedding": np.zeros(3)})
@@ -304,8 +307,8 @@ def test_init_is_plain_float32_with_the_stated_deviations():
 def test_head_is_the_embedding_only_where_tied():
     tied, untied = draw_params(VARIANTS["tied"]), draw_params(SMALL)
     assert "head" not in tied
-    np.testing.assert_array_equal(decoder.head(tied, VARIANTS["tied"]), tied["embedding"].T)
-    np.testing.assert_array_equal(decoder.head(untied, SMALL), untied["head"])
+    np.testing.assert_array_equal(decoder.head(tied, VARIANTS["tied"]).matrix, tied["embedding"].T)
+    np.testing.assert_array_equal(decoder.head(untied, SMALL).matrix, untied["head"])
 
 
 def test_impossible_shapes_are_errors():

@@ -9,6 +9,7 @@ import pytest
 from dpo_jax import config, generate, sharding
 from dpo_jax.model import decoder
 from dpo_jax.model.attention import Ids
+from dpo_jax.model.config import Kind
 from tests import tiny
 
 SMALL = dataclasses.replace(tiny.DECODER, tied_head=True)
@@ -37,12 +38,12 @@ def last_logits(config, params, tokens, length):
     example = (position < length).astype(jnp.int32)
     ids = Ids(example, jnp.zeros_like(position), position)
     hidden = jnp.asarray(decoder.Decoder(config).apply({"params": params}, tokens, ids))
-    return hidden[0, length - 1] @ decoder.head(params, config)
+    return decoder.logits(hidden[0, length - 1], decoder.head(params, config))
 
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_greedy_equals_the_argmax_of_full_forwards_for_uneven_prompts(window):
-    model = dataclasses.replace(SMALL, sliding_window=window)
+    model = dataclasses.replace(SMALL, block=(Kind(window=window),))
     params = draw_params(model)
     expected = []
     for prompt in PROMPTS:

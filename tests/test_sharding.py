@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from dpo_jax import config, initial, optimizer, sharding
 from dpo_jax.model import decoder
-from dpo_jax.model.config import PRESETS
+from dpo_jax.model.presets import PRESETS
 
 TINY = PRESETS["tiny"]
 
