@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dpo_jax.model import attention, layers
+from dpo_jax.model import rope as rotary
 from dpo_jax.model.config import DecoderConfig, Kind
 
 # Logical axes of every parameter, by path. `sharding` maps them to axes of the mesh.
@@ -133,7 +134,7 @@ def run_layers(decoder: Decoder, carry: tuple, ids, key_ids, at) -> tuple:
     config = decoder.config
     position = jnp.asarray(ids.position)
     rotations = {
-        rope: layers.make_rotation(position, rope, config.head_dim)
+        rope: rotary.make_rotation(position, rope, config.head_dim)
         for rope in {kind.rope for kind in config.block}
         if rope is not None
     }

@@ -1,21 +1,11 @@
 """HF's config.json read and written. Imports no jax."""
 
 import dataclasses
-import math
 from typing import Any
 
 from dpo_jax.model import config as model_config
-from dpo_jax.model import families
-from dpo_jax.model.config import (
-    DecoderConfig,
-    Experts,
-    Kind,
-    LinearScaling,
-    Llama3Scaling,
-    Rope,
-    Scaling,
-    YarnScaling,
-)
+from dpo_jax.model import families, hf_rope
+from dpo_jax.model.config import DecoderConfig, Experts, Kind
 from dpo_jax.model.families import FAMILIES, FULL, KEYS, SLIDING, Family
 
 # our values of HF's, the first of equal ones written
@@ -30,31 +20,6 @@ CODES: dict[str, dict[Any, Any]] = {
         "relu": "relu",
     },
     "residual": {True: "parallel", False: "serial"},
-}
-
-# keys of a rotary scaling by our fields
-SCALING_KEYS: dict[str, tuple[type, dict[str, str]]] = {
-    "linear": (LinearScaling, {"factor": "factor"}),
-    "llama3": (
-        Llama3Scaling,
-        {
-            "factor": "factor",
-            "low_frequency_factor": "low_freq_factor",
-            "high_frequency_factor": "high_freq_factor",
-            "original_max_positions": "original_max_position_embeddings",
-        },
-    ),
-    "yarn": (
-        YarnScaling,
-        {
-            "factor": "factor",
-            "original_max_positions": "original_max_position_embeddings",
-            "attention_factor": "attention_factor",
-            "fast_turns": "beta_fast",
-            "slow_turns": "beta_slow",
-            "whole_dimensions": "truncate",
-        },
-    ),
 }
 
 
@@ -73,7 +38,7 @@ def from_hf(config_json: dict) -> DecoderConfig:
     if family.window_switch and not values.get("use_sliding_window", False):
         values["sliding_window"] = None
     fields = {
-        ours: decode(ours, key, require(values, key))
+        ours: decode(ours, key, hf_rope.require(values, key))
         for ours, key in {**KEYS, **family.keys}.items()
         if key is not None
     }
@@ -144,18 +109,11 @@ def encode(ours: str, value: Any) -> Any:
     return value if codes is None else next(hf for hf, own in codes.items() if own == value)
 
 
-def require(values: dict, name: str) -> Any:
-    """The value of a key that config.json must have."""
-    if name not in values:
-        raise ValueError(f"config.json has no {name!r}")
-    return values[name]
-
-
 def read_kinds(values: dict, layers: int, family: Family) -> list[Kind]:
     """The kind of each layer."""
     given = values.get("layer_types") if family.typed else None
     types = given or family.layer_types(values, layers)
-    ropes = read_ropes(values, family)
+    ropes = hf_rope.read_ropes(values, family)
     turned = families.rope_layers(values, layers)
     for name, found in {"layer_types": types, "no_rope_layers": turned}.items():
         if len(found) != layers:
@@ -169,99 +127,11 @@ def read_kinds(values: dict, layers: int, family: Family) -> list[Kind]:
             f"{SLIDING}, which needs one"
         )
     return [
-        Kind(window if kind == SLIDING else None, require(ropes, kind) if turned[i] else None)
+        Kind(
+            window if kind == SLIDING else None, hf_rope.require(ropes, kind) if turned[i] else None
+        )
         for i, kind in enumerate(types)
     ]
-
-
-def read_ropes(values: dict, family: Family) -> dict[str, Rope | None]:
-    """Rotary positions of each type of layer, of `rope_parameters` (by type, where types differ) or
-    of the keys of transformers 4.
-    """
-    if family.theta is None:
-        return {FULL: None, SLIDING: None}
-    new = values.get("rope_parameters")
-    if new is not None:
-        by_type = new if FULL in new else {FULL: new, SLIDING: new}
-        return {
-            kind: read_rope(by_type[kind], "rope_parameters", values, family)
-            for kind in (FULL, SLIDING)
-            if kind in by_type
-        }
-    old = dict(values.get("rope_scaling") or {})
-    key, default = family.theta
-    full = read_rope(
-        {**old, "rope_theta": values.get(key, default)}, "rope_scaling", values, family
-    )
-    if family.local_theta is None:
-        return {FULL: full, SLIDING: full}
-    key, default = family.local_theta
-    return {FULL: full, SLIDING: Rope(theta=float(values.get(key, default)))}
-
-
-def read_rope(rope: dict, where: str, values: dict, family: Family) -> Rope:
-    """Rotary positions of a dict of config.json."""
-    rope = dict(rope)
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    theta = float(require(rope, "rope_theta"))
-    del rope["rope_theta"]
-    fraction = 1.0
-    if family.fraction is not None:
-        key, default = family.fraction
-        fraction = rope.pop("partial_rotary_factor", values.get(key, default))
-    elif values.get("partial_rotary_factor") not in (None, 1.0):
-        raise ValueError(
-            f"partial_rotary_factor is {values['partial_rotary_factor']} in config.json; for "
-            f"{family.architecture} only 1.0 is supported"
-        )
-    if kind == "default":
-        check_rope_keys(rope, {}, kind, where)
-        return Rope(theta, None, fraction)
-    if kind not in SCALING_KEYS:
-        raise ValueError(
-            f"rope_type is {kind!r} in {where} of config.json; supported: 'default', "
-            f"{', '.join(map(repr, SCALING_KEYS))}"
-        )
-    return Rope(theta, read_scaling(kind, rope, where, values), fraction)
-
-
-def read_scaling(kind: str, rope: dict, where: str, values: dict) -> Scaling:
-    """A rotary scaling of its own keys."""
-    make, keys = SCALING_KEYS[kind]
-    if kind == "yarn":
-        rope = {"original_max_position_embeddings": values["max_position_embeddings"], **rope}
-        rope["attention_factor"] = yarn_attention_factor(rope)
-        rope = {name: v for name, v in rope.items() if not name.startswith("mscale")}
-    check_rope_keys(rope, keys, kind, where)
-    optional = {
-        field.name for field in dataclasses.fields(make) if field.default is not dataclasses.MISSING
-    }
-    return make(
-        **{
-            ours: require(rope, hf)
-            for ours, hf in keys.items()
-            if ours not in optional or rope.get(hf) is not None
-        }
-    )
-
-
-def yarn_attention_factor(rope: dict) -> float:
-    """What YaRN multiplies cosines and sines by, given or of its factor."""
-
-    def magnitude(scale: float) -> float:
-        return 0.1 * scale * math.log(max(require(rope, "factor"), 1.0)) + 1.0
-
-    if rope.get("attention_factor") is not None:
-        return rope["attention_factor"]
-    over, under = rope.get("mscale"), rope.get("mscale_all_dim")
-    return magnitude(over) / magnitude(under) if over and under else magnitude(1.0)
-
-
-def check_rope_keys(rope: dict, keys: dict[str, str], kind: str, where: str) -> None:
-    """Raises ValueError for a key that this kind of rotary positions lacks."""
-    for name in rope:
-        if name not in keys.values():
-            raise ValueError(f"{where} of config.json has {name!r}, which rope_type {kind!r} lacks")
 
 
 def to_hf(config: DecoderConfig) -> dict:
@@ -312,34 +182,4 @@ def write_kinds(config: DecoderConfig, family: Family) -> dict[str, Any]:
         values["layer_types"] = [FULL if kind.window is None else SLIDING for kind in kinds]
     if "no_rope_layer_interval" in family.defaults:
         values["no_rope_layers"] = [int(kind.rope is not None) for kind in kinds]
-    return {**values, **write_ropes(kinds, family)}
-
-
-def write_ropes(kinds: list[Kind], family: Family) -> dict[str, Any]:
-    """The keys of rotary positions."""
-    if family.theta is None:
-        return {}
-    full = [kind.rope for kind in kinds if kind.rope and kind.window is None]
-    sliding = [kind.rope for kind in kinds if kind.rope and kind.window is not None]
-    rope = (full or (sliding if family.local_theta is None else []) or [Rope(family.theta[1])])[0]
-    values: dict[str, Any] = {
-        family.theta[0]: rope.theta,
-        "rope_scaling": rope.scaling and write_scaling(rope.scaling),
-    }
-    if family.local_theta is not None:
-        local = (sliding or [Rope(family.local_theta[1])])[0]
-        values[family.local_theta[0]] = local.theta
-    if family.fraction is not None:
-        values[family.fraction[0]] = rope.fraction
-    return values
-
-
-def write_scaling(scaling: Scaling) -> dict[str, Any]:
-    """The dict of config.json that describes a rotary scaling."""
-    for kind, (make, keys) in SCALING_KEYS.items():
-        if isinstance(scaling, make):
-            return {
-                "rope_type": kind,
-                **{hf: getattr(scaling, ours) for ours, hf in keys.items()},
-            }
-    raise TypeError(f"{type(scaling).__name__} is no rotary scaling")
+    return {**values, **hf_rope.write_ropes(kinds, family)}

@@ -1,7 +1,7 @@
-"""One layer of the decoder: norms, attention, MLP or experts, and rotary positions.
+"""One layer of the decoder: norms, attention, MLP or experts.
 
 Dimensions: B rows, L tokens, T slots of the cache, D width, H heads, K key and value heads, Dh
-dimensions a head, R of them turned, F units of the MLP, E experts, C of them a token.
+dimensions a head, F units of the MLP, E experts, C of them a token.
 """
 
 import math
@@ -9,18 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
-from dpo_jax.model import attention
-from dpo_jax.model.config import (
-    DecoderConfig,
-    Kind,
-    LinearScaling,
-    Llama3Scaling,
-    Rope,
-    YarnScaling,
-)
+from dpo_jax.model import attention, rope
+from dpo_jax.model.config import DecoderConfig, Kind
 
 # Logical axes of every parameter of a layer, by path, without the layer's own.
 AXES: dict[tuple[str, ...], tuple[str, ...]] = {
@@ -62,9 +54,6 @@ ACTIVATIONS = {
 
 ONTO_RESIDUAL = ("output", "down")
 
-# cosine and sine of each position's angles: float32 [B, L, R / 2] both
-Rotation = tuple[jax.Array, jax.Array]
-
 
 class Norm(nn.Module):
     """The config's norm over the last axes, in float32."""
@@ -101,7 +90,7 @@ class Attention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, hidden, rotation: Rotation | None, query_ids, key_ids, cache, at):
+    def __call__(self, hidden, rotation: rope.Rotation | None, query_ids, key_ids, cache, at):
         """hidden: [B, L, D]; cache: key and value [layers, B, T, K, Dh], or None; at: layer and
         slot, int32 scalars.
         """
@@ -113,7 +102,7 @@ class Attention(nn.Module):
         value = dense(self, "value", of_keys, bias)(hidden)
         query, key = self.normalise("query", query), self.normalise("key", key)
         if rotation is not None:
-            query, key = rotate(query, rotation), rotate(key, rotation)
+            query, key = rope.rotate(query, rotation), rope.rotate(key, rotation)
         if cache is not None:
             cache = write(cache[0], key, *at), write(cache[1], value, *at)
             key, value = (
@@ -217,7 +206,7 @@ class Layer(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, hidden, rotation: Rotation | None, query_ids, key_ids, cache, at):
+    def __call__(self, hidden, rotation: rope.Rotation | None, query_ids, key_ids, cache, at):
         """The residual stream [B, L, D] and the cache of all layers after this one."""
         before = self.config.norm_placement != "post"
         after = self.config.norm_placement != "pre"
@@ -269,62 +258,3 @@ def dense(
         kernel_init=nn.initializers.normal(deviation(module.config, name)),
         name=name,
     )
-
-
-def make_rotation(position: jax.Array, rope: Rope, head_dim: int) -> Rotation:
-    """Cosine and sine of each position's angles: position int32 [B, L] -> float32 [B, L, R / 2]."""
-    dimensions = rope.dimensions(head_dim)
-    frequency = rope.theta ** -(np.arange(0, dimensions, 2) / dimensions)
-    amplitude = 1.0
-    match rope.scaling:
-        case LinearScaling(factor):
-            frequency = frequency / factor
-        case Llama3Scaling():
-            frequency = stretch_by_llama3(frequency, rope.scaling)
-        case YarnScaling():
-            frequency = stretch_by_yarn(frequency, rope.scaling, rope.theta)
-            amplitude = rope.scaling.attention_factor
-        case None:
-            pass
-    angle = position.astype(jnp.float32)[:, :, None] * jnp.float32(frequency)[None, None, :]
-    return amplitude * jnp.cos(angle), amplitude * jnp.sin(angle)
-
-
-def stretch_by_llama3(frequency: np.ndarray, scaling: Llama3Scaling) -> np.ndarray:
-    """The slow frequencies divided by the factor, the fast kept, a ramp in the number of turns."""
-    turns = scaling.original_max_positions * frequency / (2 * np.pi)
-    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-    kept = np.clip((turns - low) / (high - low), 0, 1)
-    return frequency * (kept + (1 - kept) / scaling.factor)
-
-
-def stretch_by_yarn(frequency: np.ndarray, scaling: YarnScaling, theta: float) -> np.ndarray:
-    """The same with a ramp in the number of the dimension, between those of given turns."""
-    half = len(frequency)
-
-    def dimension(turns: float) -> float:
-        wavelengths = scaling.original_max_positions / (turns * 2 * math.pi)
-        return half * math.log(wavelengths) / math.log(theta)
-
-    low, high = dimension(scaling.fast_turns), dimension(scaling.slow_turns)
-    if scaling.whole_dimensions:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, 2 * half - 1)
-    # A thousandth where they meet, as in the published code.
-    stretched = np.clip((np.arange(half) - low) / ((high - low) or 1e-3), 0, 1)
-    return frequency * (1 - stretched + stretched / scaling.factor)
-
-
-def rotate(heads: jax.Array, rotation: Rotation) -> jax.Array:
-    """Rotates dimension i of [B, L, H, Dh] with i + R / 2 (HF Llama's pairing), in float32.
-
-    Dimensions from R on stay.
-    """
-    cosine, sine = (array[:, :, None, :] for array in rotation)
-    half = cosine.shape[-1]
-    first, second, rest = jnp.split(heads, (half, 2 * half), axis=-1)
-    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
-    turned = jnp.concatenate(
-        [first * cosine - second * sine, second * cosine + first * sine], axis=-1
-    )
-    return jnp.concatenate([turned.astype(heads.dtype), rest], axis=-1)
