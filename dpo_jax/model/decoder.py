@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dpo_jax.model import attention, layers
-from dpo_jax.model import rope as rotary
+from dpo_jax.model import attention, layers, rope
 from dpo_jax.model.config import DecoderConfig, Kind
 
 # Logical axes of every parameter, by path. `sharding` maps them to axes of the mesh.
@@ -134,9 +133,9 @@ def run_layers(decoder: Decoder, carry: tuple, ids, key_ids, at) -> tuple:
     config = decoder.config
     position = jnp.asarray(ids.position)
     rotations = {
-        rope: rotary.make_rotation(position, rope, config.head_dim)
-        for rope in {kind.rope for kind in config.block}
-        if rope is not None
+        kind.rope: rope.make_rotation(position, kind.rope, config.head_dim)
+        for kind in config.block
+        if kind.rope is not None
     }
 
     def run(kind: Kind, carry: tuple, params: dict, layer: jax.Array | int) -> tuple:
