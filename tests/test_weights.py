@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dpo_jax.model import hf_config, weights
+from dpo_jax.model import families, hf_config, weights
 from dpo_jax.model.config import Kind, Rope
 from dpo_jax.model.presets import PRESETS
 from tests import tiny
@@ -265,3 +265,47 @@ def test_unknown_rope_keys_and_missing_keys_are_refused_by_name():
     without = {name: value for name, value in OLD.items() if name != "rms_norm_eps"}
     with pytest.raises(ValueError, match="config.json has no 'rms_norm_eps'"):
         hf_config.from_hf(without)
+
+
+GPT_2 = dataclasses.replace(
+    UNTIED,
+    **families.FAMILIES["gpt2"].fixed,
+    family="gpt2",
+    key_value_heads=4,
+    block=(Kind(rope=None),),
+    tied_head=True,
+)
+
+
+def test_files_of_a_model_without_its_head_lack_the_prefix_and_may_hold_masks(tmp_path):
+    params = tiny.draw_params(GPT_2)
+    weights.save(tmp_path, GPT_2, params)
+
+    def strip(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["h.0.attn.bias"] = np.ones((1, 1, 8, 8), np.float32)
+
+    rewrite(tmp_path, strip)
+    assert_equal(weights.load(tmp_path)[1], params)
+
+
+def test_fused_tensors_hold_queries_keys_and_values_end_to_end_or_head_by_head(tmp_path):
+    params = tiny.draw_params(GPT_2)
+    weights.save(tmp_path, GPT_2, params)
+    fused = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    queries, values = (params["layers"]["attention"][name] for name in ("query", "value"))
+    matrix, bias = (fused[f"transformer.h.1.attn.c_attn.{name}"] for name in ("weight", "bias"))
+    np.testing.assert_array_equal(matrix[:, 6 * 3 + 2], queries["kernel"][1, :, 3, 2])
+    np.testing.assert_array_equal(matrix[:, 48 + 6 * 3 + 2], values["kernel"][1, :, 3, 2])
+    np.testing.assert_array_equal(bias[48 + 6 * 3 + 2], values["bias"][1, 3, 2])
+
+    neox = dataclasses.replace(
+        GPT_2, family="gpt_neox", position_offset=None, block=(Kind(),), tied_head=False
+    )
+    params = tiny.draw_params(neox)
+    weights.save(tmp_path, neox, params)
+    fused = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    row = fused["gpt_neox.layers.1.attention.query_key_value.weight"][3 * 18 + 12 + 2]
+    expected = params["layers"]["attention"]["value"]["kernel"][1, :, 3, 2]
+    np.testing.assert_array_equal(row, expected)

@@ -139,6 +139,10 @@ def to_hf(config: DecoderConfig) -> dict:
 
     Raises ValueError for a config that its family's files cannot describe.
     """
+    if config.family not in FAMILIES:
+        raise ValueError(
+            f"family is {config.family!r}; it must be one of {', '.join(map(repr, FAMILIES))}"
+        )
     family = FAMILIES[config.family]
     values: dict[str, Any] = {
         "architectures": [family.architecture],
