@@ -57,6 +57,22 @@ def test_greedy_equals_the_argmax_of_full_forwards_for_uneven_prompts(window):
     assert len({tuple(row) for row in expected}) > 2
 
 
+def test_tokens_are_chosen_by_biased_and_capped_logits():
+    model = dataclasses.replace(SMALL, head_bias=True, logit_cap=2.0)
+    seen = []
+
+    def select(logits, keys, temperature):
+        jax.debug.callback(lambda found: seen.append(np.asarray(found)), logits, ordered=True)
+        return generate.greedy(logits, keys, temperature)
+
+    complete([PROMPTS[2]], model=model, select=select, max_tokens=1, batch_size=1)
+    tokens = np.array([PROMPTS[2]], np.int32)
+    expected = last_logits(model, draw_params(model), tokens, len(PROMPTS[2]))
+    np.testing.assert_allclose(seen[0][0], expected, rtol=1e-4, atol=1e-5)
+    plain = dataclasses.replace(model, head_bias=False, logit_cap=None)
+    assert np.abs(seen[0][0] - last_logits(plain, draw_params(plain), tokens, 7)).max() > 0.1
+
+
 def test_a_row_ends_with_eos_and_its_batch_goes_on():
     free = complete(PROMPTS)
     eos_id = free[2][3]

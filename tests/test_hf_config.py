@@ -267,8 +267,9 @@ def test_what_a_family_does_not_compute_is_refused_by_name_with_what_is_supporte
 def test_yarn_has_its_defaults_and_what_its_paper_multiplies_by():
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
     (kind,) = hf_config.from_hf({**QWEN_2, "rope_scaling": yarn}).block
-    assert kind.rope is not None
-    assert kind.rope.scaling == YarnScaling(4.0, 32768, pytest.approx(1.13862944))
+    assert kind.rope is not None and isinstance(kind.rope.scaling, YarnScaling)
+    assert kind.rope.scaling.attention_factor == pytest.approx(1.13862944)
+    assert (kind.rope.scaling.fast_turns, kind.rope.scaling.slow_turns) == (32, 1)
     scales = {"mscale": 2.0, "mscale_all_dim": 1.0}
     (kind,) = hf_config.from_hf({**QWEN_2, "rope_scaling": {**yarn, **scales}}).block
     assert kind.rope is not None and isinstance(kind.rope.scaling, YarnScaling)

@@ -88,6 +88,17 @@ def test_chunked_log_probabilities_equal_those_of_the_full_logits(monkeypatch, c
         np.testing.assert_allclose(slope, expected_slope, rtol=1e-5, atol=2e-6)
 
 
+def test_log_probabilities_are_of_biased_and_capped_logits():
+    hidden, matrix, target = random_scored()
+    bias = np.linspace(-1, 1, matrix.shape[1])
+    head = decoder.Head(jnp.asarray(matrix), jnp.float32(bias), 1.5)
+    logits = np.asarray(hidden, np.float64) @ np.asarray(matrix, np.float64) + bias
+    table = log_softmax(1.5 * np.tanh(logits / 1.5))
+    expected = np.take_along_axis(table, target[..., None], -1)[..., 0]
+    found = logps.token_logps(jnp.asarray(hidden), head, jnp.asarray(target))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_of_bfloat16_hidden_states_the_logits_are_float32():
     hidden, head, target = random_scored()
     hidden, head = jnp.bfloat16(hidden), jnp.bfloat16(head)
