@@ -149,9 +149,9 @@ def run_layers(decoder: Decoder, carry: tuple, ids, key_ids, at) -> tuple:
 
     def run_block(carry: tuple, inputs: tuple) -> tuple:
         params, first = inputs
-        for place, (kind, layer) in enumerate(
-            zip(config.block, unstack(params, size), strict=True)
-        ):
+        # One layer a block is scanned over as it is: a reshape would copy all gradients.
+        placed = [params] if size == 1 else unstack(params, size)
+        for place, (kind, layer) in enumerate(zip(config.block, placed, strict=True)):
             carry = inside(kind, carry, layer, first + place)
         return carry, None
 
@@ -161,8 +161,9 @@ def run_layers(decoder: Decoder, carry: tuple, ids, key_ids, at) -> tuple:
     # scan of one step is none.
     inside = rematerialise(run, decoder.remat, prevent_cse=blocks == 1)
     params = decoder.param("layers", init_layers, config, config.scanned)
-    by_block = jax.tree.map(lambda leaf: leaf.reshape(blocks, size, *leaf.shape[1:]), params)
-    carry, _ = jax.lax.scan(run_block, carry, (by_block, jnp.arange(0, config.scanned, size)))
+    if size > 1:
+        params = jax.tree.map(lambda leaf: leaf.reshape(blocks, size, *leaf.shape[1:]), params)
+    carry, _ = jax.lax.scan(run_block, carry, (params, jnp.arange(0, config.scanned, size)))
     count = config.layers - config.scanned
     if count:
         outside = rematerialise(run, decoder.remat, prevent_cse=True)
