@@ -23,8 +23,7 @@ from dpo_jax import (
     train_step,
 )
 from dpo_jax.data import pack, tokenise, tokenizer
-from dpo_jax.model import config as model_config
-from dpo_jax.model import decoder
+from dpo_jax.model import decoder, presets
 
 
 class Run(NamedTuple):
@@ -219,7 +218,7 @@ def hold_compared(experiment: config.Experiment, params, anchor) -> Any:
     stays = experiment.reference.update_every is None
     if has_live_reference(experiment) and stays:
         return None
-    if anchor is None and experiment.model.source in model_config.PRESETS:
+    if anchor is None and experiment.model.source in presets.PRESETS:
         return None
     return jax.device_get(params if anchor is None else anchor)
 

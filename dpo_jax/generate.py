@@ -85,11 +85,12 @@ def generate(
     continued. keys [B] is one key a row, so that what a row draws does not depend on its batch. A
     row ends with eos_id, which counts, and which fills the rest of the row too.
     """
-    output_matrix = model_decoder.head(params, decoder.config).astype(decoder.dtype)
+    head = model_decoder.head(params, decoder.config)
+    head = head._replace(matrix=head.matrix.astype(decoder.dtype))
 
     def sample(state: State, hidden: jax.Array) -> State:
         """The state after one more token, drawn from what follows hidden [B, D]."""
-        logits = jnp.dot(hidden, output_matrix, preferred_element_type=jnp.float32)
+        logits = model_decoder.logits(hidden, head)
         step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, state.step)
         return append(state, select(logits, step_keys, temperature), eos_id)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from dpo_jax import checkpoint, config, paths, sharding
 from dpo_jax.model import config as model_config
-from dpo_jax.model import decoder, weights
+from dpo_jax.model import decoder, presets, weights
 
 # files of a run folder that make it a model's folder too
 MODEL, TOKENIZER = "model.json", "tokenizer"
@@ -28,8 +28,8 @@ class Initial(NamedTuple):
 
 def load(source: str, settings: config.Model, seed: int, mesh) -> Initial:
     """The model of a source, its parameters on the mesh; ValueError says what a source may be."""
-    if source in model_config.PRESETS:
-        shape = model_config.PRESETS[source]
+    if source in presets.PRESETS:
+        shape = presets.PRESETS[source]
         placed = sharding.parameters(decoder_shapes(shape), mesh)
         make = jax.jit(functools.partial(decoder.init, shape), out_shardings=placed)
         return Initial(make_decoder(shape, settings), make(jax.random.key(seed)), None)
@@ -47,12 +47,12 @@ def load(source: str, settings: config.Model, seed: int, mesh) -> Initial:
 
 def decoder_shapes(shape: model_config.DecoderConfig):
     """Shapes and types of the parameters."""
-    return jax.eval_shape(functools.partial(decoder.init, shape), jax.random.key(0))
+    return decoder.shapes(shape)
 
 
 def tokenizer_of(source: str) -> str | None:
     """Where the tokenizer of a model lies; None for a preset."""
-    if source in model_config.PRESETS:
+    if source in presets.PRESETS:
         return None
     is_run = paths.exists(paths.join(source, MODEL))
     return paths.join(source, TOKENIZER) if is_run else source
@@ -71,7 +71,4 @@ def write_shape(folder: str, shape: model_config.DecoderConfig) -> None:
 
 def read_shape(folder: str) -> model_config.DecoderConfig:
     """The model's shape of a run folder."""
-    fields = json.loads(paths.read_text(paths.join(folder, MODEL)))
-    if fields["rope_scaling"] is not None:
-        fields["rope_scaling"] = model_config.RopeScaling(**fields["rope_scaling"])
-    return model_config.DecoderConfig(**fields)
+    return model_config.from_json(json.loads(paths.read_text(paths.join(folder, MODEL))))

@@ -88,16 +88,14 @@ def locate(batch: dict, slots_of_row: int) -> tuple[jax.Array, jax.Array]:
     return index, jnp.take_along_axis(by_slot, jnp.maximum(slot - 1, 0), axis=1)
 
 
-def token_logps(hidden: jax.Array, head: jax.Array, target: jax.Array) -> jax.Array:
-    """log p(target) of each scored token: hidden [B, S, D], head [D, V], target [B, S] -> [B, S]
-    float32.
-    """
+def token_logps(hidden: jax.Array, head: decoder.Head, target: jax.Array) -> jax.Array:
+    """log p(target) of each scored token: hidden [B, S, D], target [B, S] -> [B, S] float32."""
     return token_values(hidden, head, target, None, {})[TOTAL]
 
 
 def token_values(
     hidden: jax.Array,
-    head: jax.Array,
+    head: decoder.Head,
     target: jax.Array,
     places: tuple[jax.Array, jax.Array] | None,
     statistics: Mapping[str, Statistic],
@@ -107,13 +105,13 @@ def token_values(
     Chunks of S, whose logits the backward pass computes again, bound what is held at once.
     """
     rows, scored, width = hidden.shape
-    count = chunk_count(rows, scored, head.shape[1])
-    head = head.astype(hidden.dtype)
+    count = chunk_count(rows, scored, head.matrix.shape[1])
+    head = head._replace(matrix=head.matrix.astype(hidden.dtype))
 
     @jax.checkpoint
     def one(chunk):
         hidden, target, places = chunk
-        logits = jnp.einsum("bsd,dv->bsv", hidden, head, preferred_element_type=jnp.float32)
+        logits = decoder.logits(hidden, head)
         picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
         logp = picked - jax.nn.logsumexp(logits, axis=-1)
         if places is None:

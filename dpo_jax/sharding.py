@@ -23,6 +23,8 @@ RULES: dict[str, str | None] = {
     "head_dim": None,
     "hidden": "tensor",
     "vocabulary": "tensor",
+    "positions": None,
+    "experts": None,
 }
 # rows of a batch lie on both
 BATCH_AXES = ("data", "fsdp")

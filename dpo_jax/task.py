@@ -17,6 +17,7 @@ import jax
 from dpo_jax import config, flags, generate, initial, paths, reference, sharding, train
 from dpo_jax.data import builtin, tokenizer
 from dpo_jax.model import config as model_config
+from dpo_jax.model import presets
 
 SOURCE = "builtin"
 SFT_FILE = Path(__file__).parent.parent / "experiments" / "sft.py"
@@ -206,11 +207,9 @@ def sample(
 
 def preset(name: str) -> model_config.DecoderConfig:
     """The shape of a preset; ValueError lists them."""
-    if name not in model_config.PRESETS:
-        raise ValueError(
-            f"task.model is {name!r}; the presets are {', '.join(model_config.PRESETS)}"
-        )
-    return model_config.PRESETS[name]
+    if name not in presets.PRESETS:
+        raise ValueError(f"task.model is {name!r}; the presets are {', '.join(presets.PRESETS)}")
+    return presets.PRESETS[name]
 
 
 def cached(kind: str, content: list) -> Path:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import logps, losses
+from dpo_jax.model import decoder
 
 RELATIVE = 1e-5
 # both in float64, but TRL's exo_pair holds its epsilon in float32
@@ -276,7 +277,7 @@ def gather_logits(names: Sequence[str], rows: Rows, logits: jax.Array) -> dict[s
     """Completions of a model that has these logits [R, L, V]."""
     values = logps.token_values(
         logits[:, :-1],
-        jnp.eye(VOCABULARY),
+        decoder.Head(jnp.eye(VOCABULARY)),
         jnp.asarray(rows.tokens[:, 1:]),
         locate(rows, names),
         {"excess": losses.excess},

@@ -8,7 +8,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dpo_jax import assemble, checkpoint, config, contract, optimizer, sharding
-from dpo_jax.model.config import PRESETS
+from dpo_jax.model.presets import PRESETS
 
 
 @pytest.fixture(autouse=True)

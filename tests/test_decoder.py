@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import json
 import re
 from typing import Any
 
@@ -11,18 +12,64 @@ import pytest
 from dpo_jax.model import config as model_config
 from dpo_jax.model import decoder
 from dpo_jax.model.attention import Ids
-from dpo_jax.model.config import PRESETS, DecoderConfig, RopeScaling
+from dpo_jax.model.config import DecoderConfig, Experts, Kind, Llama3Scaling, Rope, YarnScaling
+from dpo_jax.model.presets import PRESETS
 from tests import tiny
 
 SMALL = tiny.DECODER
-SCALING = RopeScaling(
+SCALING = Llama3Scaling(
     factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_max_positions=16
 )
 VARIANTS = {
     "plain": SMALL,
     "tied": dataclasses.replace(SMALL, tied_head=True),
-    "window": dataclasses.replace(SMALL, sliding_window=3),
-    "llama3 rope": dataclasses.replace(SMALL, rope_scaling=SCALING),
+    "window": dataclasses.replace(SMALL, block=(Kind(window=3),)),
+    "llama3 rope": dataclasses.replace(SMALL, block=(Kind(rope=Rope(scaling=SCALING)),)),
+}
+
+BIASES: dict[str, Any] = {"attention_bias": True, "output_bias": True, "mlp_bias": True}
+# one for each part of the decoder that the float64 decoder below lacks
+FEATURES = {
+    "plain": SMALL,
+    "window": VARIANTS["window"],
+    "blocks and a remainder": dataclasses.replace(
+        SMALL, layers=5, block=(Kind(window=3), Kind(rope=Rope(500.0)))
+    ),
+    "one block": dataclasses.replace(
+        SMALL, layers=3, block=(Kind(), Kind(rope=None), Kind(window=2))
+    ),
+    "learned positions, layer norm, plain MLP": dataclasses.replace(
+        SMALL,
+        **BIASES,
+        norm="layer",
+        gated=False,
+        activation="relu",
+        position_offset=2,
+        block=(Kind(rope=None),),
+    ),
+    "parallel, part of a head turned": dataclasses.replace(
+        SMALL, residual="parallel", activation="gelu", block=(Kind(rope=Rope(fraction=0.34)),)
+    ),
+    "parallel with one norm, head bias": dataclasses.replace(
+        SMALL, **BIASES, residual="parallel_one_norm", norm="layer", head_bias=True
+    ),
+    "sandwich, caps": dataclasses.replace(
+        SMALL,
+        norm="rms_plus_one",
+        norm_placement="sandwich",
+        query_key_norm="head",
+        query_scalar=5,
+        attention_cap=2.0,
+        logit_cap=3.0,
+        scaled_embedding=True,
+        tied_head=True,
+        activation="gelu_tanh",
+    ),
+    "norms after, over all heads": dataclasses.replace(
+        SMALL, norm_placement="post", query_key_norm="width"
+    ),
+    "experts": dataclasses.replace(SMALL, experts=Experts(count=5, chosen=2)),
+    "yarn": dataclasses.replace(SMALL, block=(Kind(rope=Rope(100.0, YarnScaling(4.0, 16, 1.1))),)),
 }
 
 draw_params = functools.partial(tiny.draw_params, scale=0.3)
@@ -51,20 +98,22 @@ def run(config: DecoderConfig, params: dict, tokens, ids: Ids, **options: Any) -
 def decode_by_numpy(config: DecoderConfig, params: dict, tokens: np.ndarray) -> np.ndarray:
     """Final hidden states [L, D] of one sequence in float64, as the Llama papers write them."""
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    (kind,) = config.block
+    window = kind.window or len(tokens)
+    rope = kind.rope or Rope()
 
     def norm(x, scale):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_epsilon) * scale
 
     def turn(x, position):  # [Dh]: the pairs (i, i + Dh / 2) as complex numbers
         half = config.head_dim // 2
-        inverse = config.rope_theta ** (-np.arange(half) / half)
-        if config.rope_scaling is not None:
-            inverse = np.array([stretch(f, config.rope_scaling) for f in inverse])
+        inverse = rope.theta ** (-np.arange(half) / half)
+        if isinstance(rope.scaling, Llama3Scaling):
+            inverse = np.array([stretch(f, rope.scaling) for f in inverse])
         turned = (x[:half] + 1j * x[half:]) * np.exp(1j * position * inverse)
         return np.concatenate([turned.real, turned.imag])
 
     x = params["embedding"][tokens]
-    window = config.sliding_window or len(tokens)
     for n in range(config.layers):
         layer = jax.tree.map(lambda leaf, n=n: leaf[n], params["layers"])
         q, k, v = (
@@ -91,7 +140,7 @@ def decode_by_numpy(config: DecoderConfig, params: dict, tokens: np.ndarray) -> 
     return norm(x, params["norm"]["scale"])
 
 
-def stretch(frequency: float, scaling: RopeScaling) -> float:
+def stretch(frequency: float, scaling: Llama3Scaling) -> float:
     """The rule of Llama 3.1's release, one frequency at a time."""
     wavelength = 2 * np.pi / frequency
     context = scaling.original_max_positions
@@ -114,7 +163,7 @@ def test_hidden_states_equal_a_float64_decoder_in_numpy(config):
         np.testing.assert_allclose(hidden[row], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", [SMALL, VARIANTS["window"]], ids=["plain", "window"])
+@pytest.mark.parametrize("config", FEATURES.values(), ids=FEATURES)
 def test_a_packed_prefix_shared_row_gives_the_hidden_states_of_separate_rows(config):
     # [P P P a a | b b b | Q c c | pad pad]
     example = np.array([[1] * 8 + [2] * 3 + [0] * 2], np.int32)
@@ -163,7 +212,7 @@ def test_a_branch_sees_changes_of_the_prompt_and_none_of_another_branch():
     )
 
 
-@pytest.mark.parametrize("config", [SMALL, VARIANTS["window"]], ids=["plain", "window"])
+@pytest.mark.parametrize("config", FEATURES.values(), ids=FEATURES)
 def test_token_by_token_with_the_cache_equals_the_full_forward(config):
     params, tokens = draw_params(config), draw_tokens((2, 8))
     ids = plain_ids(2, 8)
@@ -195,11 +244,13 @@ def test_a_prefilled_cache_is_where_the_next_tokens_look():
     np.testing.assert_array_equal(cache.ids.example[0], [1, 1, 1, 1, 1, 0, 1, 1, 1])
 
 
-def test_remat_changes_no_gradient():
-    params, tokens, ids = draw_params(SMALL), draw_tokens((2, 6)), plain_ids(2, 6)
+@pytest.mark.parametrize("name", ["plain", "blocks and a remainder", "one block", "experts"])
+def test_remat_changes_no_gradient(name):
+    config = FEATURES[name]
+    params, tokens, ids = draw_params(config), draw_tokens((2, 6)), plain_ids(2, 6)
 
     def make_loss(remat):
-        model = decoder.Decoder(SMALL, remat=remat)
+        model = decoder.Decoder(config, remat=remat)
         return lambda p: jnp.sum(jnp.sin(apply(model, p, tokens, ids)))
 
     plain = jax.tree.leaves(jax.jit(jax.grad(make_loss("none")))(params))
@@ -244,27 +295,62 @@ def test_an_id_outside_the_vocabulary_gives_nan():
     assert np.isnan(run(SMALL, draw_params(SMALL), tokens, plain_ids(1, 2))).all()
 
 
+# As their model cards or papers count them, a tied head once.
+PUBLISHED_COUNTS = {
+    "llama-2-7b": 6_738_415_616,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "mistral-7b": 7_241_732_096,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-8b": 8_190_735_360,
+    "gemma-2b": 2_506_172_416,
+    "gemma-7b": 8_537_680_896,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-2-9b": 9_241_705_984,
+    "gemma-3-1b": 999_885_952,
+    "phi-3-mini": 3_821_079_552,
+    "olmo-2-7b": 7_298_617_344,
+    "smollm3-3b": 3_075_098_624,
+    "pythia-160m": 162_322_944,
+    "pythia-410m": 405_334_016,
+    "pythia-1.4b": 1_414_647_808,
+    "pythia-2.8b": 2_775_208_960,
+    "pythia-6.9b": 6_857_302_016,
+    "gpt2": 124_439_808,
+    "gpt2-large": 774_030_080,
+    "opt-125m": 125_239_296,
+    "opt-1.3b": 1_315_758_080,
+    "phi-2": 2_779_683_840,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen3-30b-a3b": 30_532_122_624,
+}
+
+
 def test_published_models_have_their_published_parameter_counts():
-    published = {
-        "llama-3.2-1b": 1_235_814_400,
-        "llama-3.1-8b": 8_030_261_248,
-        "mistral-7b": 7_241_732_096,
-    }
-    for name, count in published.items():
-        shapes = jax.eval_shape(functools.partial(decoder.init, PRESETS[name]), jax.random.key(0))
+    for name, count in PUBLISHED_COUNTS.items():
+        shapes = decoder.shapes(PRESETS[name])
         assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count, name
-        assert model_config.parameter_count(PRESETS[name]) == count, name
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_count_their_parameters_and_every_one_has_logical_axes(name):
-    config = PRESETS[name]
-    params = jax.eval_shape(functools.partial(decoder.init, config), jax.random.key(0))
+CONFIGS = {**PRESETS, **FEATURES}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_count_their_parameters_and_every_one_has_logical_axes(name):
+    config = CONFIGS[name]
+    params = decoder.shapes(config)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == model_config.parameter_count(
         config
     )
     sizes = {
-        "layers": config.layers,
+        "layers": config.scanned,
+        "experts": config.experts and config.experts.count,
+        "positions": config.max_positions + (config.position_offset or 0),
         "width": config.width,
         "heads": config.heads,
         "key_value_heads": config.key_value_heads,
@@ -276,12 +362,50 @@ def test_presets_count_their_parameters_and_every_one_has_logical_axes(name):
     def check(leaf, axes):
         assert leaf.shape == tuple(sizes[axis] for axis in axes)
 
-    jax.tree.map(check, params, decoder.logical_axes(params))
+    axes = decoder.logical_axes(params)
+    rest, rest_axes = params.pop("remainder", {}), axes.pop("remainder", {})
+    jax.tree.map(check, params, axes)
+    if rest:
+        sizes["layers"] = config.layers - config.scanned
+        jax.tree.map(check, rest, rest_axes)
+        assert rest_axes == axes["layers"]
+
+
+def test_layers_differ_only_in_kind_and_repeat_in_the_smallest_block():
+    one, two = Kind(), Kind(window=4)
+    assert model_config.smallest_block([one] * 6) == (one,)
+    assert model_config.smallest_block([two, two, one] * 2 + [two]) == (two, two, one)
+    assert model_config.smallest_block([one, two, two]) == (one, two, two)
+
+
+def test_logits_are_biased_and_then_capped():
+    hidden = np.array([[[1.0, 2.0]]], np.float32)
+    head = decoder.Head(jnp.float32([[1, 0, 2], [0, 1, 2]]), jnp.float32([0.5, 0, 0]), 3.0)
+    expected = 3 * np.tanh(np.array([1.5, 2, 6]) / 3)
+    np.testing.assert_allclose(decoder.logits(jnp.asarray(hidden), head)[0, 0], expected, rtol=1e-6)
+    np.testing.assert_allclose(decoder.logits(jnp.asarray(hidden[0, 0]), head), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_a_config_comes_back_from_json(name):
+    text = json.dumps(dataclasses.asdict(FEATURES[name]))
+    assert model_config.from_json(json.loads(text)) == FEATURES[name]
+
+
+def test_files_from_before_layers_could_differ_are_read():
+    sizes = ("vocabulary_size", "width", "layers", "heads", "key_value_heads", "head_dim", "hidden")
+    old = {name: getattr(SMALL, name) for name in (*sizes, "max_positions", "norm_epsilon")}
+    old |= {"rope_theta": 10_000.0, "sliding_window": None, "tied_head": False}
+    old["rope_scaling"] = dataclasses.asdict(SCALING)
+    assert model_config.from_json(old) == VARIANTS["llama3 rope"]
+    old |= {"rope_scaling": None, "sliding_window": 7}
+    expected = dataclasses.replace(SMALL, family="mistral", block=(Kind(window=7),))
+    assert model_config.from_json(old) == expected
 
 
 def test_a_parameter_without_logical_axes_is_named():
-    params = {"layers": {"attention": {"bias": np.zeros((2, 3))}}}
-    with pytest.raises(ValueError, match=r"layers/attention/bias of shape \(2, 3\): not listed"):
+    params = {"layers": {"attention": {"sink": np.zeros((2, 3))}}}
+    with pytest.raises(ValueError, match=r"layers/attention/sink of shape \(2, 3\): not listed"):
         decoder.logical_axes(params)
     with pytest.raises(ValueError, match=r"embedding of shape \(3,\): its rule is"):
         decoder.logical_axes({"embedding": np.zeros(3)})
@@ -304,8 +428,8 @@ def test_init_is_plain_float32_with_the_stated_deviations():
 def test_head_is_the_embedding_only_where_tied():
     tied, untied = draw_params(VARIANTS["tied"]), draw_params(SMALL)
     assert "head" not in tied
-    np.testing.assert_array_equal(decoder.head(tied, VARIANTS["tied"]), tied["embedding"].T)
-    np.testing.assert_array_equal(decoder.head(untied, SMALL), untied["head"])
+    np.testing.assert_array_equal(decoder.head(tied, VARIANTS["tied"]).matrix, tied["embedding"].T)
+    np.testing.assert_array_equal(decoder.head(untied, SMALL).matrix, untied["head"])
 
 
 def test_impossible_shapes_are_errors():
@@ -313,3 +437,11 @@ def test_impossible_shapes_are_errors():
         dataclasses.replace(SMALL, key_value_heads=3)
     with pytest.raises(ValueError, match="head_dim is 5"):
         dataclasses.replace(SMALL, head_dim=5)
+    with pytest.raises(ValueError, match="norm is 'batch'; it must be one of 'rms'"):
+        dataclasses.replace(SMALL, norm="batch")
+    with pytest.raises(ValueError, match="norm_placement is 'post'; with residual 'parallel'"):
+        dataclasses.replace(SMALL, norm_placement="post", residual="parallel")
+    with pytest.raises(ValueError, match="block has 3 kinds for 2 layers"):
+        dataclasses.replace(SMALL, block=(Kind(),) * 3)
+    with pytest.raises(ValueError, match="experts.chosen is 4; it must be 1 to 3"):
+        dataclasses.replace(SMALL, experts=Experts(count=3, chosen=4))

@@ -24,7 +24,7 @@ from dpo_jax import (
 )
 from dpo_jax.data import pack, tokenise
 from dpo_jax.model import decoder, weights
-from dpo_jax.model.config import PRESETS
+from dpo_jax.model.presets import PRESETS
 from tests import tiny
 
 MODEL = decoder.Decoder(PRESETS["tiny"])

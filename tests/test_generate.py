@@ -9,6 +9,7 @@ import pytest
 from dpo_jax import config, generate, sharding
 from dpo_jax.model import decoder
 from dpo_jax.model.attention import Ids
+from dpo_jax.model.config import Kind
 from tests import tiny
 
 SMALL = dataclasses.replace(tiny.DECODER, tied_head=True)
@@ -37,12 +38,12 @@ def last_logits(config, params, tokens, length):
     example = (position < length).astype(jnp.int32)
     ids = Ids(example, jnp.zeros_like(position), position)
     hidden = jnp.asarray(decoder.Decoder(config).apply({"params": params}, tokens, ids))
-    return hidden[0, length - 1] @ decoder.head(params, config)
+    return decoder.logits(hidden[0, length - 1], decoder.head(params, config))
 
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_greedy_equals_the_argmax_of_full_forwards_for_uneven_prompts(window):
-    model = dataclasses.replace(SMALL, sliding_window=window)
+    model = dataclasses.replace(SMALL, block=(Kind(window=window),))
     params = draw_params(model)
     expected = []
     for prompt in PROMPTS:
@@ -54,6 +55,22 @@ def test_greedy_equals_the_argmax_of_full_forwards_for_uneven_prompts(window):
         expected.append(row[len(prompt) :])
     assert complete(PROMPTS, model=model) == expected
     assert len({tuple(row) for row in expected}) > 2
+
+
+def test_tokens_are_chosen_by_biased_and_capped_logits():
+    model = dataclasses.replace(SMALL, head_bias=True, logit_cap=2.0)
+    seen = []
+
+    def select(logits, keys, temperature):
+        jax.debug.callback(lambda found: seen.append(np.asarray(found)), logits, ordered=True)
+        return generate.greedy(logits, keys, temperature)
+
+    complete([PROMPTS[2]], model=model, select=select, max_tokens=1, batch_size=1)
+    tokens = np.array([PROMPTS[2]], np.int32)
+    expected = last_logits(model, draw_params(model), tokens, len(PROMPTS[2]))
+    np.testing.assert_allclose(seen[0][0], expected, rtol=1e-4, atol=1e-5)
+    plain = dataclasses.replace(model, head_bias=False, logit_cap=None)
+    assert np.abs(seen[0][0] - last_logits(plain, draw_params(plain), tokens, 7)).max() > 0.1
 
 
 def test_a_row_ends_with_eos_and_its_batch_goes_on():

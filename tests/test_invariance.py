@@ -17,7 +17,7 @@ import pytest
 from dpo_jax import config, contract, logps, losses, reference, sharding, train_step
 from dpo_jax.data import pack
 from dpo_jax.model import decoder
-from dpo_jax.model.config import PRESETS
+from dpo_jax.model.presets import PRESETS
 
 MODEL = decoder.Decoder(PRESETS["tiny"])
 TOLERANCE = 1e-4

@@ -11,10 +11,10 @@ import pytest
 
 from dpo_jax import logps
 from dpo_jax.data import pack
-from dpo_jax.model import config, decoder
+from dpo_jax.model import decoder, presets
 from dpo_jax.model.attention import Ids
 
-MODEL = decoder.Decoder(dataclasses.replace(config.PRESETS["tiny"], vocabulary_size=48))
+MODEL = decoder.Decoder(dataclasses.replace(presets.PRESETS["tiny"], vocabulary_size=48))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_chunked_log_probabilities_equal_those_of_the_full_logits(monkeypatch, c
     cotangent = np.random.default_rng(1).normal(size=target.shape).astype(np.float32)
 
     def total(hidden, head):
-        found = logps.token_logps(hidden, head, jnp.asarray(target))
+        found = logps.token_logps(hidden, decoder.Head(head), jnp.asarray(target))
         return (found * cotangent).sum(), found
 
     gradient = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
@@ -88,11 +88,22 @@ def test_chunked_log_probabilities_equal_those_of_the_full_logits(monkeypatch, c
         np.testing.assert_allclose(slope, expected_slope, rtol=1e-5, atol=2e-6)
 
 
+def test_log_probabilities_are_of_biased_and_capped_logits():
+    hidden, matrix, target = random_scored()
+    bias = np.linspace(-1, 1, matrix.shape[1])
+    head = decoder.Head(jnp.asarray(matrix), jnp.float32(bias), 1.5)
+    logits = np.asarray(hidden, np.float64) @ np.asarray(matrix, np.float64) + bias
+    table = log_softmax(1.5 * np.tanh(logits / 1.5))
+    expected = np.take_along_axis(table, target[..., None], -1)[..., 0]
+    found = logps.token_logps(jnp.asarray(hidden), head, jnp.asarray(target))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_of_bfloat16_hidden_states_the_logits_are_float32():
     hidden, head, target = random_scored()
     hidden, head = jnp.bfloat16(hidden), jnp.bfloat16(head)
     expected, *_ = oracle(np.float32(hidden), np.float32(head), target, np.ones(target.shape))
-    found = logps.token_logps(hidden, jnp.float32(head), jnp.asarray(target))
+    found = logps.token_logps(hidden, decoder.Head(jnp.float32(head)), jnp.asarray(target))
     assert found.dtype == jnp.float32
     # the inputs are rounded to bfloat16 in both, and nothing after them
     np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -136,7 +147,7 @@ def test_neither_pass_holds_the_logits_of_all_scored_tokens(monkeypatch):
     monkeypatch.setattr(logps, "CHUNK_ELEMENTS", chunk)
 
     def total(hidden, head):
-        return logps.token_logps(hidden, head, jnp.asarray(target)).sum()
+        return logps.token_logps(hidden, decoder.Head(head), jnp.asarray(target)).sum()
 
     program = jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(hidden, head)
     assert max(sizes_of(program.jaxpr, vocabulary)) == chunk

@@ -7,7 +7,7 @@ import pytest
 from dpo_jax import config, logps, paths, reference, sharding
 from dpo_jax.data import pack
 from dpo_jax.model import decoder
-from dpo_jax.model.config import PRESETS
+from dpo_jax.model.presets import PRESETS
 
 MODEL = decoder.Decoder(PRESETS["tiny"])
 score = functools.partial(logps.score, MODEL)

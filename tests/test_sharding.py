@@ -1,6 +1,8 @@
+import dataclasses
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -8,7 +10,10 @@ from jax.sharding import PartitionSpec as P
 
 from dpo_jax import config, initial, optimizer, sharding
 from dpo_jax.model import decoder
-from dpo_jax.model.config import PRESETS
+from dpo_jax.model.attention import Ids
+from dpo_jax.model.config import Experts, Kind
+from dpo_jax.model.presets import PRESETS
+from tests import tiny
 
 TINY = PRESETS["tiny"]
 
@@ -175,3 +180,30 @@ def test_a_decoder_made_on_a_mesh_equals_the_one_made_on_one_device(mesh):
     alone = jax.jit(decoder.init, static_argnums=0)(TINY, jax.random.key(3))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found.params), alone)
     assert found.params["embedding"].sharding.spec == P("tensor", "fsdp")
+
+
+@pytest.mark.slow
+def test_experts_and_layers_of_several_kinds_compute_on_a_mesh_what_they_do_on_one_device(mesh):
+    model = dataclasses.replace(
+        tiny.DECODER, experts=Experts(4, 2), layers=5, block=(Kind(window=3), Kind())
+    )
+    params = tiny.draw_params(model, scale=0.3)
+    tokens = np.random.default_rng(0).integers(0, 40, (8, 12), np.int32)
+    position = np.tile(np.arange(12, dtype=np.int32), (8, 1))
+    ids = Ids(np.ones_like(position), np.zeros_like(position), position)
+
+    @jax.jit
+    @jax.value_and_grad
+    def total(params, tokens, ids):
+        hidden = decoder.Decoder(model).apply({"params": params}, tokens, ids)
+        return jnp.mean(jnp.square(jnp.sin(jnp.asarray(hidden))))
+
+    placed = jax.device_put((tokens, ids), sharding.rows(mesh))
+    found, gradients = total(sharding.place(params, mesh), *placed)
+    expected, expected_gradients = total(params, tokens, ids)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+    def check(one, other):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * np.abs(other).max())
+
+    jax.tree.map(check, jax.device_get(gradients), jax.device_get(expected_gradients))

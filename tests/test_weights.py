@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dpo_jax import generate
-from dpo_jax.model import config as model_config
-from dpo_jax.model import decoder, weights
-from dpo_jax.model.attention import Ids
-from dpo_jax.model.config import PRESETS, DecoderConfig, RopeScaling
+from dpo_jax.model import families, hf_config, weights
+from dpo_jax.model.config import Kind, Rope
+from dpo_jax.model.presets import PRESETS
 from tests import tiny
 
 UNTIED = tiny.DECODER
@@ -189,8 +187,8 @@ def test_a_hub_name_in_the_local_cache_needs_no_network(folder, monkeypatch):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_config_json_gives_back_the_config_it_was_written_from(name):
-    text = json.dumps(model_config.to_hf(PRESETS[name]))
-    assert model_config.from_hf(json.loads(text)) == PRESETS[name]
+    text = json.dumps(hf_config.to_hf(PRESETS[name]))
+    assert hf_config.from_hf(json.loads(text)) == PRESETS[name]
 
 
 OLD = {
@@ -224,33 +222,32 @@ MISTRAL = {
 
 
 def test_both_forms_of_rope_in_config_json_are_read():
-    assert model_config.from_hf(OLD) == PRESETS["llama-3.1-8b"]
+    assert hf_config.from_hf(OLD) == PRESETS["llama-3.1-8b"]
     new = {name: value for name, value in OLD.items() if not name.startswith("rope")}
     new["rope_parameters"] = {**OLD["rope_scaling"], "rope_theta": OLD["rope_theta"]}
-    assert model_config.from_hf(new) == PRESETS["llama-3.1-8b"]
+    assert hf_config.from_hf(new) == PRESETS["llama-3.1-8b"]
     default = {"rope_type": "default", "rope_theta": 7.0}
-    config = model_config.from_hf({**new, "rope_parameters": default})
-    assert (config.rope_theta, config.rope_scaling) == (7.0, None)
+    config = hf_config.from_hf({**new, "rope_parameters": default})
+    assert config.block == (Kind(rope=Rope(7.0)),)
 
 
 def test_absent_keys_mean_what_hf_means_by_them():
-    assert model_config.from_hf(MISTRAL) == PRESETS["mistral-7b"]
-    assert model_config.from_hf({**MISTRAL, "sliding_window": None}).sliding_window is None
+    assert hf_config.from_hf(MISTRAL) == PRESETS["mistral-7b"]
+    assert hf_config.from_hf({**MISTRAL, "sliding_window": None}).block == (Kind(),)
     llama = {n: v for n, v in OLD.items() if n != "num_key_value_heads"}
-    assert model_config.from_hf(llama).key_value_heads == 32
+    assert hf_config.from_hf(llama).key_value_heads == 32
 
 
 REFUSED = {
-    "architectures": ["GPT2LMHeadModel"],
-    "attention_bias": True,
-    "mlp_bias": True,
-    "hidden_act": "gelu",
+    "architectures": ["MambaForCausalLM"],
+    "hidden_act": "quick_gelu",
     "pretraining_tp": 2,
     "attention_dropout": 0.1,
     "sliding_window": 128,
     "quantization_config": {"bits": 4},
-    "rope_scaling": {"type": "linear", "factor": 2.0},
-    "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4},
+    "partial_rotary_factor": 0.5,
+    "rope_scaling": {"type": "dynamic", "factor": 2.0},
+    "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4},
 }
 
 
@@ -258,131 +255,57 @@ REFUSED = {
 def test_what_the_decoder_does_not_compute_is_refused_by_name(name):
     told = "rope_type" if name.startswith("rope") else name
     with pytest.raises(ValueError, match=f"^{told} is .* in "):
-        model_config.from_hf({**OLD, name: REFUSED[name]})
+        hf_config.from_hf({**OLD, name: REFUSED[name]})
 
 
 def test_unknown_rope_keys_and_missing_keys_are_refused_by_name():
     rope = {**OLD["rope_scaling"], "attention_factor": 2.0}
     with pytest.raises(ValueError, match="rope_scaling of config.json has 'attention_factor'"):
-        model_config.from_hf({**OLD, "rope_scaling": rope})
+        hf_config.from_hf({**OLD, "rope_scaling": rope})
     without = {name: value for name, value in OLD.items() if name != "rms_norm_eps"}
     with pytest.raises(ValueError, match="config.json has no 'rms_norm_eps'"):
-        model_config.from_hf(without)
+        hf_config.from_hf(without)
 
 
-SCALING = RopeScaling(
-    factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_max_positions=16
+GPT_2 = dataclasses.replace(
+    UNTIED,
+    **families.FAMILIES["gpt2"].fixed,
+    family="gpt2",
+    key_value_heads=4,
+    block=(Kind(rope=None),),
+    tied_head=True,
 )
-PARITY = {
-    "llama untied": UNTIED,
-    "llama tied": TIED,
-    "llama3 rope": dataclasses.replace(UNTIED, rope_scaling=SCALING),
-    "mistral window": dataclasses.replace(UNTIED, sliding_window=5),
-    "all heads": dataclasses.replace(TIED, key_value_heads=4, head_dim=8, rope_theta=500.0),
-}
 
 
-def make_torch_model(config: DecoderConfig) -> Any:
-    """A random model of HF's class for a config, built from its own config class."""
-    torch = pytest.importorskip("torch")
-    import transformers
+def test_files_of_a_model_without_its_head_lack_the_prefix_and_may_hold_masks(tmp_path):
+    params = tiny.draw_params(GPT_2)
+    weights.save(tmp_path, GPT_2, params)
 
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.rope_scaling is not None:
-        rope |= {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
-        rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 16}
-    mistral = config.sliding_window is not None
-    name = "Mistral" if mistral else "Llama"
-    torch.manual_seed(0)
-    hf_config = getattr(transformers, f"{name}Config")(
-        vocab_size=config.vocabulary_size,
-        hidden_size=config.width,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.key_value_heads,
-        head_dim=config.head_dim,
-        intermediate_size=config.hidden,
-        max_position_embeddings=config.max_positions,
-        rms_norm_eps=config.norm_epsilon,
-        tie_word_embeddings=config.tied_head,
-        rope_parameters=rope,
-        # far from the default of 0.02, so that attention is far from uniform
-        initializer_range=0.3,
-        **({"sliding_window": config.sliding_window} if mistral else {}),
+    def strip(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["h.0.attn.bias"] = np.ones((1, 1, 8, 8), np.float32)
+
+    rewrite(tmp_path, strip)
+    assert_equal(weights.load(tmp_path)[1], params)
+
+
+def test_fused_tensors_hold_queries_keys_and_values_end_to_end_or_head_by_head(tmp_path):
+    params = tiny.draw_params(GPT_2)
+    weights.save(tmp_path, GPT_2, params)
+    fused = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    queries, values = (params["layers"]["attention"][name] for name in ("query", "value"))
+    matrix, bias = (fused[f"transformer.h.1.attn.c_attn.{name}"] for name in ("weight", "bias"))
+    np.testing.assert_array_equal(matrix[:, 6 * 3 + 2], queries["kernel"][1, :, 3, 2])
+    np.testing.assert_array_equal(matrix[:, 48 + 6 * 3 + 2], values["kernel"][1, :, 3, 2])
+    np.testing.assert_array_equal(bias[48 + 6 * 3 + 2], values["bias"][1, 3, 2])
+
+    neox = dataclasses.replace(
+        GPT_2, family="gpt_neox", position_offset=None, block=(Kind(),), tied_head=False
     )
-    model = getattr(transformers, f"{name}ForCausalLM")(hf_config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.add_(0.3 * torch.randn(parameter.shape))
-    return model
-
-
-def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
-    torch = pytest.importorskip("torch")
-
-    with torch.no_grad():
-        return model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
-
-
-@jax.jit
-def multiply(hidden, matrix):
-    return hidden @ matrix
-
-
-def our_logits(config: DecoderConfig, params: dict, tokens: np.ndarray) -> np.ndarray:
-    position = np.tile(np.arange(tokens.shape[1], dtype=np.int32), (tokens.shape[0], 1))
-    ids = Ids(np.ones_like(position), np.zeros_like(position), position)
-    hidden = jax.jit(decoder.Decoder(config).apply)({"params": params}, tokens, ids)
-    return np.asarray(multiply(hidden, decoder.head(params, config)))
-
-
-@pytest.mark.parity
-@pytest.mark.filterwarnings("ignore::Warning")
-@pytest.mark.parametrize("config", PARITY.values(), ids=PARITY)
-def test_a_model_that_transformers_saved_gives_its_logits_and_greedy_tokens(tmp_path, config):
-    model = make_torch_model(config)
-    model.save_pretrained(tmp_path)
-    loaded_config, params = weights.load(tmp_path)
-    assert loaded_config == config
-    tokens = np.random.default_rng(0).integers(0, config.vocabulary_size, (2, 24), np.int32)
-    expected = torch_logits(model, tokens)
-    logits = our_logits(config, params, tokens)
-    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
-
-    torch = pytest.importorskip("torch")
-
-    continued = model.generate(
-        torch.tensor(tokens[:1, :7], dtype=torch.long),
-        max_new_tokens=32,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )[0, 7:].tolist()
-    ours = generate.complete(
-        decoder.Decoder(config),
-        params,
-        [tokens[0, :7].tolist()],
-        jax.random.key(0),
-        select=generate.greedy,
-        max_tokens=32,
-        eos_id=config.vocabulary_size,
-        batch_size=1,
-    )
-    assert ours[0] == continued
-
-
-@pytest.mark.parity
-@pytest.mark.filterwarnings("ignore::Warning")
-@pytest.mark.parametrize("config", PARITY.values(), ids=PARITY)
-def test_a_folder_saved_here_loads_in_transformers_with_equal_logits(tmp_path, config):
-    pytest.importorskip("torch")
-    import transformers
-
-    params = tiny.draw_params(config, scale=0.3)
-    weights.save(tmp_path, config, params)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    tokens = np.random.default_rng(0).integers(0, config.vocabulary_size, (2, 24), np.int32)
-    expected = torch_logits(model, tokens)
-    logits = our_logits(config, params, tokens)
-    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    params = tiny.draw_params(neox)
+    weights.save(tmp_path, neox, params)
+    fused = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    row = fused["gpt_neox.layers.1.attention.query_key_value.weight"][3 * 18 + 12 + 2]
+    expected = params["layers"]["attention"]["value"]["kernel"][1, :, 3, 2]
+    np.testing.assert_array_equal(row, expected)

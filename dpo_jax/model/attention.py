@@ -47,10 +47,12 @@ def attend(
     *,
     scale: float,
     window: int | None = None,
+    cap: float | None = None,
 ) -> jax.Array:
     """Attention of query [B, Lq, H, Dh] to key and value [B, Lk, K, Dh]: [B, Lq, H, Dh].
 
-    The softmax is in float32. A query that sees nothing gives 0, and passes no gradient on.
+    With a cap, logits x become cap tanh(x / cap). The softmax is in float32. A query that sees
+    nothing gives 0, and passes no gradient on.
     """
     batch, length, heads, head_dim = query.shape
     key_value_heads = key.shape[2]
@@ -58,6 +60,8 @@ def attend(
     logits = scale * jnp.einsum(
         "bikgd,bjkd->bkgij", query, key, preferred_element_type=jnp.float32
     )  # [B, K, G, Lq, Lk]
+    if cap is not None:
+        logits = cap * jnp.tanh(logits / cap)
     mask = visible(query_ids, key_ids, window)[:, None, None, :, :]
     # The lowest finite number and not -inf, of which a row that sees nothing would make nan on the
     # way (masked below, yet a stop under jax_debug_nans).

@@ -1,42 +1,41 @@
-"""The decoder: embedding, scanned layers, final norm, and its cache of keys and values.
+"""The decoder: embedding, scanned layers, final norm, output matrix, and its cache of keys and
+values.
 
-Dimensions: B rows, L tokens, T slots of the cache, V vocabulary, D width, H heads, K key and value
-heads, Dh dimensions a head. Parameters are float32, a plain nested dict; the layers' are stacked on
-axis 0.
+Dimensions: B rows, L tokens, T slots of the cache, V vocabulary, D width, K key and value heads, Dh
+dimensions a head. Parameters are float32, a plain nested dict; the layers' are stacked on axis 0:
+"layers" are those of whole blocks of `config.block`, "remainder" the rest, if any.
 """
 
+import functools
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
-from dpo_jax.model import attention
-from dpo_jax.model.config import DecoderConfig, RopeScaling
+from dpo_jax.model import attention, layers, rope
+from dpo_jax.model.config import DecoderConfig, Kind
 
 # Logical axes of every parameter, by path. `sharding` maps them to axes of the mesh.
 LOGICAL_AXES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("embedding",): ("vocabulary", "width"),
-    ("layers", "attention_norm", "scale"): ("layers", "width"),
-    ("layers", "attention", "query", "kernel"): ("layers", "width", "heads", "head_dim"),
-    ("layers", "attention", "key", "kernel"): ("layers", "width", "key_value_heads", "head_dim"),
-    ("layers", "attention", "value", "kernel"): ("layers", "width", "key_value_heads", "head_dim"),
-    ("layers", "attention", "output", "kernel"): ("layers", "heads", "head_dim", "width"),
-    ("layers", "mlp_norm", "scale"): ("layers", "width"),
-    ("layers", "mlp", "gate", "kernel"): ("layers", "width", "hidden"),
-    ("layers", "mlp", "up", "kernel"): ("layers", "width", "hidden"),
-    ("layers", "mlp", "down", "kernel"): ("layers", "hidden", "width"),
+    ("positions",): ("positions", "width"),
     ("norm", "scale"): ("width",),
+    ("norm", "bias"): ("width",),
     ("head",): ("width", "vocabulary"),
+    ("head_bias",): ("vocabulary",),
+    **{
+        (stack, *path): ("layers", *axes)
+        for stack in ("layers", "remainder")
+        for path, axes in layers.AXES.items()
+    },
 }
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-ONTO_RESIDUAL = ("output", "down")
 
 
 class Cache(NamedTuple):
@@ -47,94 +46,16 @@ class Cache(NamedTuple):
     ids: attention.Ids  # int32 [B, T] each
 
 
-class Norm(nn.Module):
-    """Root-mean-square norm of the last axis, in float32."""
+class Head(NamedTuple):
+    """What turns hidden states into logits."""
 
-    epsilon: float
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, hidden: jax.Array) -> jax.Array:
-        """hidden: [B, L, D]."""
-        scale = self.param("scale", nn.initializers.ones, (hidden.shape[-1],))
-        hidden = hidden.astype(jnp.float32)
-        square = jnp.mean(jnp.square(hidden), axis=-1, keepdims=True)
-        normed = hidden * jax.lax.rsqrt(square + self.epsilon)
-        return (normed * scale[None, None, :]).astype(self.dtype)
-
-
-class Attention(nn.Module):
-    """Grouped-query attention with rotary positions."""
-
-    config: DecoderConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, hidden, rotation, query_ids, key_ids, cache, at):
-        """hidden: [B, L, D]; cache: key and value [layers, B, T, K, Dh], or None; at: layer and
-        slot, int32 scalars.
-        """
-        config = self.config
-        query = dense(self, "query", (config.heads, config.head_dim))(hidden)  # [B, L, H, Dh]
-        key = dense(self, "key", (config.key_value_heads, config.head_dim))(hidden)
-        value = dense(self, "value", (config.key_value_heads, config.head_dim))(hidden)
-        query, key = rotate(query, rotation), rotate(key, rotation)
-        if cache is not None:
-            cache = write(cache[0], key, *at), write(cache[1], value, *at)
-            key, value = (
-                jax.lax.dynamic_index_in_dim(whole, at[0], keepdims=False) for whole in cache
-            )
-        mixed = attention.attend(
-            query,
-            key.astype(self.dtype),
-            value.astype(self.dtype),
-            query_ids,
-            key_ids,
-            scale=config.head_dim**-0.5,
-            window=config.sliding_window,
-        )
-        return dense(self, "output", config.width, inputs=2)(mixed), cache
-
-
-class Mlp(nn.Module):
-    """Gated linear unit with SiLU."""
-
-    config: DecoderConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, hidden: jax.Array) -> jax.Array:
-        """hidden: [B, L, D]."""
-        gate = nn.silu(dense(self, "gate", self.config.hidden)(hidden))
-        return dense(self, "down", self.config.width)(
-            gate * dense(self, "up", self.config.hidden)(hidden)
-        )
-
-
-class Layer(nn.Module):
-    """Attention and MLP, each on the normed residual stream."""
-
-    config: DecoderConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, carry, layer, rotation, query_ids, key_ids, at):
-        """carry: hidden [B, L, D] and the cache of all layers; returns it and None, as `nn.scan`
-        expects. A carry, and no input and output of each layer, is written in place.
-        """
-        hidden, cache = carry
-        epsilon = self.config.norm_epsilon
-        normed = Norm(epsilon, self.dtype, name="attention_norm")(hidden)
-        mixed, cache = Attention(self.config, self.dtype, name="attention")(
-            normed, rotation, query_ids, key_ids, cache, (layer, at)
-        )
-        hidden = hidden + mixed
-        normed = Norm(epsilon, self.dtype, name="mlp_norm")(hidden)
-        return (hidden + Mlp(self.config, self.dtype, name="mlp")(normed), cache), None
+    matrix: jax.Array  # [D, V]
+    bias: jax.Array | None = None  # [V]
+    cap: float | None = None  # logits x become cap tanh(x / cap)
 
 
 class Decoder(nn.Module):
-    """Tokens to the hidden states that the output matrix (`head`) turns into logits."""
+    """Tokens to the hidden states that `head` and `logits` turn into logits."""
 
     config: DecoderConfig
     # compute type
@@ -155,16 +76,8 @@ class Decoder(nn.Module):
         The keys of the L tokens are written to the cache's slots from `at` (int32 scalar) on, and
         queries see the slots that their ids allow, wherever those lie.
         """
-        config = self.config
-        table = self.param(
-            "embedding", nn.initializers.normal(0.02), (config.vocabulary_size, config.width)
-        )
-        if not config.tied_head:
-            # Only `head` reads it; it is declared here so that `init` makes it.
-            self.param("head", nn.initializers.normal(0.02), (config.width, config.vocabulary_size))
-        # Cast after the look-up, so that the table's gradient is summed in float32. An id outside
-        # the vocabulary gives nan, which is seen, and not the row nearest to it.
-        hidden = jnp.take(table, tokens, axis=0).astype(self.dtype)
+        declare_head(self)
+        hidden = embed(self, tokens, jnp.asarray(ids.position))
         key_ids, layer_cache = ids, None
         if cache is not None:
             key_ids = attention.Ids(
@@ -174,87 +87,134 @@ class Decoder(nn.Module):
                 )
             )
             layer_cache = cache.key, cache.value
-        rotation = rope(jnp.asarray(ids.position), config)
-        (hidden, layer_cache), _ = scan_layers(self)(
-            (hidden, layer_cache), jnp.arange(config.layers), rotation, ids, key_ids, at
-        )
-        hidden = Norm(config.norm_epsilon, self.dtype, name="norm")(hidden)
+        hidden, layer_cache = run_layers(self, (hidden, layer_cache), ids, key_ids, at)
+        hidden = layers.Norm(self.config, self.dtype, name="norm")(hidden)
         if layer_cache is None:
             return hidden
         return hidden, Cache(key=layer_cache[0], value=layer_cache[1], ids=key_ids)
 
 
-def scan_layers(decoder: Decoder) -> nn.Module:
-    """All layers as one module, compiled once, under the decoder's remat policy."""
-    layer: Any = Layer
-    if decoder.remat != "none":
-        if decoder.remat not in REMAT_POLICIES:
-            raise ValueError(f"remat is {decoder.remat!r}; it must be none, dots or full")
-        # A scan's forward and backward bodies are apart, so that XLA cannot undo the recomputation.
-        layer = nn.remat(layer, policy=REMAT_POLICIES[decoder.remat], prevent_cse=False)
-    everywhere = nn.broadcast
-    in_axes: Any = (0, everywhere, everywhere, everywhere, everywhere)
-    layers = nn.scan(
-        layer,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=in_axes,
-        out_axes=0,
-        length=decoder.config.layers,
+def declare_head(decoder: Decoder) -> None:
+    """Declares the parameters that only `head` reads, so that `init` makes them."""
+    config = decoder.config
+    if not config.tied_head:
+        shape = config.width, config.vocabulary_size
+        decoder.param("head", nn.initializers.normal(0.02), shape)
+    if config.head_bias:
+        decoder.param("head_bias", nn.initializers.zeros, (config.vocabulary_size,))
+
+
+def embed(decoder: Decoder, tokens: jax.Array, position: jax.Array) -> jax.Array:
+    """The residual stream [B, L, D] before the first layer, of tokens and positions [B, L]."""
+    config = decoder.config
+    table = decoder.param(
+        "embedding", nn.initializers.normal(0.02), (config.vocabulary_size, config.width)
     )
-    return layers(decoder.config, decoder.dtype, name="layers")
+    # Cast after the look-up, so that the table's gradient is summed in float32. An id outside the
+    # vocabulary gives nan, which is seen, and not the row nearest to it.
+    hidden = jnp.take(table, tokens, axis=0).astype(decoder.dtype)
+    if config.scaled_embedding:
+        # The root is rounded to the compute type, as where these models were trained.
+        hidden = hidden * jnp.asarray(math.sqrt(config.width), decoder.dtype)
+    if config.position_offset is not None:
+        shape = config.max_positions + config.position_offset, config.width
+        learned = decoder.param("positions", nn.initializers.normal(0.02), shape)
+        rows = jnp.take(learned, position + config.position_offset, axis=0)
+        hidden = hidden + rows.astype(decoder.dtype)
+    return hidden
 
 
-def write(cache: jax.Array, new: jax.Array, layer: jax.Array, at: jax.Array) -> jax.Array:
-    """The cache [layers, B, T, K, Dh] with new [B, L, K, Dh] in a layer's slots from `at` on."""
-    return jax.lax.dynamic_update_slice(cache, new[None].astype(cache.dtype), (layer, 0, at, 0, 0))
+def run_layers(decoder: Decoder, carry: tuple, ids, key_ids, at) -> tuple:
+    """The carry, hidden [B, L, D] and the cache of all layers, after every layer.
+
+    A block is compiled once and scanned over. A carry, and no input and output of each layer, is
+    written in place.
+    """
+    config = decoder.config
+    position = jnp.asarray(ids.position)
+    rotations = {
+        kind.rope: rope.make_rotation(position, kind.rope, config.head_dim)
+        for kind in config.block
+        if kind.rope is not None
+    }
+
+    def run(kind: Kind, carry: tuple, params: dict, layer: jax.Array | int) -> tuple:
+        hidden, cache = carry
+        rotation = None if kind.rope is None else rotations[kind.rope]
+        module = layers.Layer(config, kind, decoder.dtype, parent=None)
+        result: Any = module.apply(
+            {"params": params}, hidden, rotation, ids, key_ids, cache, (layer, at)
+        )
+        return result
+
+    def run_block(carry: tuple, inputs: tuple) -> tuple:
+        params, first = inputs
+        # One layer a block is scanned over as it is: a reshape would copy all gradients.
+        placed = [params] if size == 1 else unstack(params, size)
+        for place, (kind, layer) in enumerate(zip(config.block, placed, strict=True)):
+            carry = inside(kind, carry, layer, first + place)
+        return carry, None
+
+    size = len(config.block)
+    blocks = config.scanned // size
+    # A scan's forward and backward bodies are apart, so that XLA cannot undo the recomputation; a
+    # scan of one step is none.
+    inside = rematerialise(run, decoder.remat, prevent_cse=blocks == 1)
+    params = decoder.param("layers", init_layers, config, config.scanned)
+    if size > 1:
+        params = jax.tree.map(lambda leaf: leaf.reshape(blocks, size, *leaf.shape[1:]), params)
+    carry, _ = jax.lax.scan(run_block, carry, (params, jnp.arange(0, config.scanned, size)))
+    count = config.layers - config.scanned
+    if count:
+        outside = rematerialise(run, decoder.remat, prevent_cse=True)
+        rest = unstack(decoder.param("remainder", init_layers, config, count), count)
+        for i, (kind, layer) in enumerate(zip(config.block, rest, strict=False)):
+            carry = outside(kind, carry, layer, config.scanned + i)
+    return carry
 
 
-def dense(module: Attention | Mlp, name: str, features: int | tuple[int, ...], *, inputs: int = 1):
-    """A linear map of the last `inputs` axes; those onto the residual stream start smaller."""
-    deviation = 0.02 / np.sqrt(2 * module.config.layers) if name in ONTO_RESIDUAL else 0.02
-    return nn.DenseGeneral(
-        features,
-        axis=tuple(range(-inputs, 0)),
-        use_bias=False,
-        dtype=module.dtype,
-        kernel_init=nn.initializers.normal(deviation),
-        name=name,
-    )
+def unstack(params: dict, count: int) -> list[dict]:
+    """The layers of a stack: by one split, whose gradient is one concatenation."""
+    leaves, tree = jax.tree.flatten(params)
+    parts = [jax.lax.split(leaf, (1,) * count) for leaf in leaves]
+    return [tree.unflatten([part[i][0] for part in parts]) for i in range(count)]
 
 
-def rope(position: jax.Array, config: DecoderConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of each position's angles: float32 [B, L, Dh / 2] both."""
-    exponent = np.arange(0, config.head_dim, 2) / config.head_dim
-    frequency = config.rope_theta**-exponent
-    if config.rope_scaling is not None:
-        frequency = stretch(frequency, config.rope_scaling)
-    frequency = jnp.asarray(frequency, jnp.float32)[None, None, :]
-    angle = position.astype(jnp.float32)[:, :, None] * frequency
-    return jnp.cos(angle), jnp.sin(angle)
+def rematerialise(run, remat: str, *, prevent_cse: bool):
+    """A layer's function (kind, carry, params, layer) under a remat policy."""
+    if remat == "none":
+        return run
+    if remat not in REMAT_POLICIES:
+        raise ValueError(f"remat is {remat!r}; it must be none, dots or full")
+    policy = REMAT_POLICIES[remat]
+    return jax.checkpoint(run, policy=policy, prevent_cse=prevent_cse, static_argnums=(0,))
 
 
-def stretch(frequency: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    """Frequencies under Llama 3.1's rule: the slow divided by the factor, the fast kept, a ramp."""
-    turns = scaling.original_max_positions * frequency / (2 * np.pi)
-    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-    kept = np.clip((turns - low) / (high - low), 0, 1)
-    return frequency * (kept + (1 - kept) / scaling.factor)
+def init_layers(key: jax.Array, config: DecoderConfig, count: int) -> dict:
+    """Random parameters of a stack of layers; kinds do not differ in theirs."""
+    hidden = jnp.zeros((1, 1, config.width))
+    ids = attention.Ids(*(jnp.zeros((1, 1), jnp.int32) for _ in attention.Ids._fields))
+    layer = layers.Layer(config, Kind(rope=None), jnp.float32, parent=None)
+
+    def init_one(key: jax.Array) -> dict:
+        return dict(layer.init(key, hidden, None, ids, ids, None, (0, 0))["params"])
+
+    return jax.vmap(init_one)(jax.random.split(key, count))
 
 
-def rotate(heads: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates dimension i of [B, L, H, Dh] with i + Dh / 2 (HF Llama's pairing), in float32."""
-    cosine, sine = (array[:, :, None, :] for array in rotation)
-    first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate(
-        [first * cosine - second * sine, second * cosine + first * sine], axis=-1
-    )
-    return turned.astype(heads.dtype)
+def head(params: dict, config: DecoderConfig) -> Head:
+    """What turns the decoder's hidden states into logits, in float32."""
+    matrix = params["embedding"].T if config.tied_head else params["head"]
+    return Head(matrix, params.get("head_bias"), config.logit_cap)
 
 
-def head(params: dict, config: DecoderConfig) -> jax.Array:
-    """The output matrix: float32 [D, V]."""
-    return params["embedding"].T if config.tied_head else params["head"]
+def logits(hidden: jax.Array, head: Head) -> jax.Array:
+    """Logits of hidden states [..., D]: float32 [..., V]; the product is in hidden's type."""
+    matrix = head.matrix.astype(hidden.dtype)
+    found = jnp.einsum("...d,dv->...v", hidden, matrix, preferred_element_type=jnp.float32)
+    if head.bias is not None:
+        found = found + head.bias.reshape((1,) * (found.ndim - 1) + (-1,))
+    return found if head.cap is None else head.cap * jnp.tanh(found / head.cap)
 
 
 def init(config: DecoderConfig, key: jax.Array) -> dict:
@@ -262,6 +222,11 @@ def init(config: DecoderConfig, key: jax.Array) -> dict:
     tokens = jnp.zeros((1, 1), jnp.int32)
     variables = Decoder(config).init(key, tokens, attention.Ids(tokens, tokens, tokens))
     return dict(variables["params"])
+
+
+def shapes(config: DecoderConfig) -> dict:
+    """The tree of parameters as shapes and types."""
+    return jax.eval_shape(functools.partial(init, config), jax.random.key(0))
 
 
 def init_cache(config: DecoderConfig, batch: int, length: int, dtype: Any) -> Cache:

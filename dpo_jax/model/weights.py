@@ -10,6 +10,7 @@ import pathlib
 import re
 import urllib.error
 import urllib.request
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -17,46 +18,33 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from dpo_jax.model import config as model_config
-from dpo_jax.model import decoder
-from dpo_jax.model.config import PRESETS, DecoderConfig
+from dpo_jax.model import decoder, hf_config, tensors
+from dpo_jax.model.config import DecoderConfig
+from dpo_jax.model.families import FAMILIES
+from dpo_jax.model.presets import PRESETS
 
-
-class Tensor(NamedTuple):
-    """Where a tensor of the file goes in the parameter tree."""
-
-    path: tuple[str, ...]
-    # leading axes of the parameter that are inputs of a matrix, kept as [outputs, inputs] by HF;
-    # 0: kept as it is
-    inputs: int
-
-
-# {} is the layer.
-TENSORS: dict[str, Tensor] = {
-    "model.embed_tokens.weight": Tensor(("embedding",), 0),
-    "model.layers.{}.input_layernorm.weight": Tensor(("layers", "attention_norm", "scale"), 0),
-    "model.layers.{}.self_attn.q_proj.weight": Tensor(
-        ("layers", "attention", "query", "kernel"), 1
-    ),
-    "model.layers.{}.self_attn.k_proj.weight": Tensor(("layers", "attention", "key", "kernel"), 1),
-    "model.layers.{}.self_attn.v_proj.weight": Tensor(
-        ("layers", "attention", "value", "kernel"), 1
-    ),
-    "model.layers.{}.self_attn.o_proj.weight": Tensor(
-        ("layers", "attention", "output", "kernel"), 2
-    ),
-    "model.layers.{}.post_attention_layernorm.weight": Tensor(("layers", "mlp_norm", "scale"), 0),
-    "model.layers.{}.mlp.gate_proj.weight": Tensor(("layers", "mlp", "gate", "kernel"), 1),
-    "model.layers.{}.mlp.up_proj.weight": Tensor(("layers", "mlp", "up", "kernel"), 1),
-    "model.layers.{}.mlp.down_proj.weight": Tensor(("layers", "mlp", "down", "kernel"), 1),
-    "model.norm.weight": Tensor(("norm", "scale"), 0),
-    "lm_head.weight": Tensor(("head",), 1),
-}
-
-# Computed from the config; files of Llama 2's time hold them too.
-BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+# Computed from the config; files of the time of Llama 2 and before hold them too.
+BUFFERS = re.compile(r".*\.(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)")
 FLOATS = {"F32", "F16", "BF16"}
 INDEX = "model.safetensors.index.json"
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies."""
+
+    file: pathlib.Path
+    # the file's own name for it
+    name: str
+
+
+class Row(NamedTuple):
+    """The part of the parameters that one tensor of the files holds."""
+
+    tensor: tensors.Tensor
+    # of each parameter in the tree
+    paths: tuple[tuple[str, ...], ...]
+    # of the layer and the expert in the parameter's leading axes
+    index: tuple[int, ...]
 
 
 def load(source: str | os.PathLike) -> tuple[DecoderConfig, dict]:
@@ -65,81 +53,100 @@ def load(source: str | os.PathLike) -> tuple[DecoderConfig, dict]:
     Raises ValueError that names what is missing, unexpected, unsupported or of the wrong shape.
     """
     folder = find_folder(str(source))
-    config = model_config.from_hf(read_json(folder / "config.json"))
-    files = find_tensors(folder)
-    params: dict = jax.eval_shape(functools.partial(decoder.init, config), jax.random.key(0))
-    templates = {name: t for name, t in TENSORS.items() if t.path in paths(params)}
-    expected = {name for template in templates for name in layer_names(template, config)}
-    check_names(expected, set(files), config, folder)
+    config = hf_config.from_hf(read_json(folder / "config.json"))
+    files = add_prefix(find_tensors(folder), FAMILIES[config.family].prefix)
+    shapes = leaves(decoder.shapes(config))
+    rows = find_rows(config, shapes)
+    check_names(set(rows), set(files), config, folder)
     reader = Reader(files)
-    for template, tensor in templates.items():
-        names = layer_names(template, config)
-        parent: dict = functools.reduce(dict.__getitem__, tensor.path[:-1], params)
-        shape = parent[tensor.path[-1]].shape
-        stacked = np.empty(shape, np.float32)
-        # A view with one row a tensor, whether or not there are layers.
-        rows = stacked if "{}" in template else stacked[None]
-        for i, name in enumerate(names):
-            rows[i] = reader.read(name, rows.shape[1:], tensor.inputs)
-        parent[tensor.path[-1]] = stacked
-    check_tied(config, files, reader, params)
-    return config, params
+    found = {path: np.empty(shape.shape, np.float32) for path, shape in shapes.items()}
+    for name, row in rows.items():
+        parts = [found[path][row.index] for path in row.paths]
+        part_shapes = [part.shape for part in parts]
+        stored = reader.read(name, tensors.stored_shape(row.tensor, part_shapes))
+        for part, value in zip(
+            parts, tensors.split(stored, row.tensor, part_shapes, config.heads), strict=True
+        ):
+            part[...] = value
+    check_tied(config, files, reader, found[("embedding",)])
+    return config, nest(found)
 
 
 def save(path: str | os.PathLike, config: DecoderConfig, params: dict) -> None:
     """Writes config.json and model.safetensors, for HF's `from_pretrained`, into a folder."""
+    text = json.dumps(hf_config.to_hf(config), indent=2)
     folder = pathlib.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    present = paths(params)
-    tensors = {}
-    for template, (keys, inputs) in TENSORS.items():
-        if keys not in present:
-            continue
-        leaf = np.asarray(functools.reduce(lambda tree, key: tree[key], keys, params))
-        rows = leaf if "{}" in template else leaf[None]
-        for name, row in zip(layer_names(template, config), rows, strict=True):
-            if inputs:
-                row = row.reshape(matrix_shape(row.shape, inputs)[::-1]).T
-            # safetensors writes the memory as it lies, without a look at the strides.
-            tensors[name] = np.ascontiguousarray(row)
+    found = {path: np.asarray(leaf) for path, leaf in leaves(params).items()}
     # transformers refuses files without the format.
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    text = json.dumps(model_config.to_hf(config), indent=2)
+    safetensors.numpy.save_file(
+        {
+            name: tensors.join([found[p][row.index] for p in row.paths], row.tensor, config.heads)
+            for name, row in find_rows(config, found).items()
+        },
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     (folder / "config.json").write_text(text + "\n")
 
 
-def paths(params: dict) -> set[tuple[str, ...]]:
-    """The path of every leaf."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {tuple(entry.key for entry in path) for path, _ in leaves}
+def leaves(params: dict) -> dict[tuple[str, ...], Any]:
+    """The leaves of a tree by path."""
+    pairs = jax.tree_util.tree_leaves_with_path(params)
+    return {tuple(entry.key for entry in path): leaf for path, leaf in pairs}
 
 
-def layer_names(template: str, config: DecoderConfig) -> list[str]:
-    """The tensors that one parameter is made of."""
-    return [template.format(i) for i in range(config.layers)] if "{}" in template else [template]
+def nest(found: dict[tuple[str, ...], Any]) -> dict:
+    """The tree of leaves by path."""
+    tree: dict = {}
+    for path, leaf in found.items():
+        parent = functools.reduce(lambda node, key: node.setdefault(key, {}), path[:-1], tree)
+        parent[path[-1]] = leaf
+    return tree
 
 
-def matrix_shape(shape: tuple[int, ...], inputs: int) -> tuple[int, ...]:
-    """The shape that HF keeps a parameter of this shape in."""
-    if not inputs:
-        return tuple(shape)
-    return int(np.prod(shape[inputs:])), int(np.prod(shape[:inputs]))
+def find_rows(config: DecoderConfig, present: Collection[tuple[str, ...]]) -> dict[str, Row]:
+    """What each tensor of the files holds, by its name, of a tree with these paths."""
+    experts = config.experts.count if config.experts else 0
+    found = {}
+    for template, tensor in FAMILIES[config.family].names.items():
+        if not all(tuple(path.split("/")) in present for path in tensor.paths):
+            continue
+        layer_numbers = range(config.layers) if "{}" in template else [None]
+        for layer in layer_numbers:
+            if layer is None:
+                numbers: list[tuple[int, ...]] = [()]
+            elif template.count("{}") == 2:
+                numbers = [(layer, expert) for expert in range(experts)]
+            else:
+                numbers = [(layer,)]
+            for number in numbers:
+                found[template.format(*number)] = make_row(tensor, number, config)
+    return found
+
+
+def make_row(tensor: tensors.Tensor, number: tuple[int, ...], config: DecoderConfig) -> Row:
+    """Where a tensor goes that belongs to a layer and an expert of these numbers."""
+    paths = [tuple(path.split("/")) for path in tensor.paths]
+    if number and number[0] >= config.scanned:
+        paths = [("remainder", *path[1:]) for path in paths]
+        number = (number[0] - config.scanned, *number[1:])
+    return Row(tensor, tuple(paths), number)
 
 
 class Reader:
     """Reads tensors one at a time from files that it keeps open."""
 
-    def __init__(self, files: dict[str, pathlib.Path]):
+    def __init__(self, files: dict[str, Stored]):
         self.files = files
         self.open: dict[pathlib.Path, Any] = {}
 
-    def read(self, name: str, shape: tuple[int, ...], inputs: int) -> np.ndarray:
-        """A tensor as float32 of a parameter's shape."""
-        file = self.files[name]
+    def read(self, name: str, expected: tuple[int, ...]) -> np.ndarray:
+        """A tensor as float32; ValueError where its shape is not the expected one."""
+        file, name = self.files[name]
         if file not in self.open:
             self.open[file] = safetensors.safe_open(file, framework="numpy")
         stored = self.open[file].get_slice(name)
-        expected = matrix_shape(shape, inputs)
         if tuple(stored.get_shape()) != expected:
             raise ValueError(
                 f"tensor {name} in {file} has shape {tuple(stored.get_shape())}; "
@@ -150,8 +157,13 @@ class Reader:
                 f"tensor {name} in {file} is {stored.get_dtype()}; supported: "
                 f"{', '.join(sorted(FLOATS))}"
             )
-        array = self.open[file].get_tensor(name).astype(np.float32)
-        return array.T.reshape(shape) if inputs else array
+        return self.open[file].get_tensor(name).astype(np.float32)
+
+
+def head_name(config: DecoderConfig) -> str:
+    """The name of the output matrix in the files of a config's family."""
+    names = FAMILIES[config.family].names
+    return next(name for name, tensor in names.items() if tensor.paths == ("head",))
 
 
 def check_names(
@@ -160,7 +172,7 @@ def check_names(
     """Raises ValueError unless the tensors of the files are those that the config asks for."""
     missing = sorted(expected - present)
     extra = {name for name in present - expected if not BUFFERS.fullmatch(name)}
-    unexpected = sorted(extra - {"lm_head.weight"} if config.tied_head else extra)
+    unexpected = sorted(extra - {head_name(config)} if config.tied_head else extra)
     if missing or unexpected:
         parts = [("lacks", missing), ("has, beyond what config.json asks for,", unexpected)]
         text = " and ".join(f"{verb} {shorten(names)}" for verb, names in parts if names)
@@ -173,30 +185,41 @@ def shorten(names: list[str]) -> str:
     return ", ".join(names[:4]) + more
 
 
-def check_tied(config: DecoderConfig, files: dict, reader: Reader, params: dict) -> None:
+def check_tied(
+    config: DecoderConfig, files: dict[str, Stored], reader: Reader, embedding: np.ndarray
+) -> None:
     """Raises ValueError where a tied head is stored too and is not the embedding."""
-    if config.tied_head and "lm_head.weight" in files:
-        head = reader.read("lm_head.weight", params["embedding"].shape[::-1], 1)
-        if not np.array_equal(head.T, params["embedding"]):
+    name = head_name(config)
+    if config.tied_head and name in files:
+        if not np.array_equal(reader.read(name, embedding.shape), embedding):
             raise ValueError(
-                f"{files['lm_head.weight']} has an lm_head.weight that differs from the embedding, "
+                f"{files[name].file} has an {name} that differs from the embedding, "
                 f"though config.json says tie_word_embeddings; set that to false to use it"
             )
 
 
-def find_tensors(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """The file of each tensor of a folder."""
+def add_prefix(files: dict[str, Stored], prefix: str) -> dict[str, Stored]:
+    """The tensors under the names that they have in a model with its head, which files of a model
+    without one leave the prefix out of.
+    """
+    if any(name.startswith(prefix) for name in files):
+        return files
+    return {prefix + name: stored for name, stored in files.items()}
+
+
+def find_tensors(folder: pathlib.Path) -> dict[str, Stored]:
+    """Where each tensor of a folder lies."""
     if (folder / INDEX).exists():
         index = read_json(folder / INDEX)["weight_map"]
         for file in sorted(set(index.values())):
             if not (folder / file).exists():
                 raise ValueError(f"{folder / file} is missing, and {INDEX} lists it")
-        return {name: folder / file for name, file in index.items()}
+        return {name: Stored(folder / file, name) for name, file in index.items()}
     file = folder / "model.safetensors"
     if not file.exists():
         raise ValueError(f"{folder} has neither model.safetensors nor {INDEX}")
-    with safetensors.safe_open(file, framework="numpy") as tensors:
-        return {name: file for name in tensors.keys()}
+    with safetensors.safe_open(file, framework="numpy") as opened:
+        return {name: Stored(file, name) for name in opened.keys()}
 
 
 def read_json(file: pathlib.Path) -> dict:
