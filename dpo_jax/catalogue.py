@@ -313,8 +313,8 @@ def score_parts(module: types.ModuleType, groups: Mapping[str, Sequence[str]]) -
     return [
         f"## {heading}",
         f"Losses with a hyperparameter `score` take one of {prose(what)}. All are 0 "
-        "where policy equals reference. Logged rewards stay those of the log-ratio itself. One with "
-        "a parameter needs a function of its own that sets it, as `alpha_dpo` has for `dpo`.",
+        "where policy equals reference. Logged rewards stay those of the log-ratio itself. One "
+        "with a parameter needs a function that sets it, as `alpha_dpo` has for `dpo`.",
         table(["score", "s(r)"], rows),
         picture("scores", "the scores and their slopes against the log-ratio"),
         f"Where a score has a parameter, it is drawn with {values}.",

@@ -397,7 +397,7 @@ def test_a_completion_by_the_name_of_the_prompt_is_refused():
 
 
 def advice(desirable: int, undesirable: int, examples: int = 8, **weights) -> list[str]:
-    columns = {"desirable": np.repeat(np.float32([1, 0]), [desirable, undesirable])}
+    columns = {"desirable": np.repeat(np.array([1, 0], np.float32), [desirable, undesirable])}
     numbers = {"lambda_desirable": 1.0, "lambda_undesirable": 1.0, **weights}
     facts = contract.Facts(numbers, columns, examples)
     with warnings.catch_warnings(record=True) as caught:

@@ -164,6 +164,8 @@ def test_every_experiment_trains_two_steps_and_evaluates(file: Path, folder: Pat
         **{"data.tokenizer": small.data.tokenizer, "data.max_length": 256, "data.label_noise": 0.0},
         **{"model.source": "tiny", "mesh.fsdp": 8, "optimizer.warmup_steps": 0},
     }
+    if experiment.reference.update_every is not None:
+        changes["reference.update_every"] = 1
     run = config.override(experiment, changes)
     run = run.replace(workdir=small.workdir, log=small.log)
     task.run(run, file)

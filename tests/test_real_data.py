@@ -50,7 +50,14 @@ def test_judged_outputs_train_with_their_own_form(shared: Path, tmp_path: Path):
         [
             *("--data.source", str(shared / "data" / "alpaca_eval_judged.jsonl.gz")),
             *("--data.evaluation-source", "None", "--data.held-out", "100"),
-            *("--data.form", "judged", "--data.max-length", "256"),
+            *(
+                "--data.form",
+                "judged",
+                "--data.max-length",
+                "256",
+                "--data.max-prompt-length",
+                "128",
+            ),
             *("--steps", "3", "--batch-size", "8", "--optimizer.warmup-steps", "1"),
         ],
         shared,
