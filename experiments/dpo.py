@@ -1,5 +1,8 @@
 """DPO on the built-in task: reward against KL, Fig. 2 left of https://arxiv.org/abs/2305.18290.
 
+The paper's runs: GPT-2-large on IMDb, beta 0.05, 0.1, 1 and 5; Pythia-2.8B on Anthropic's HH, beta
+0.1; batch 64, RMSprop at 1e-6 with 150 warm-up steps.
+
 python -m scripts.train experiments/dpo.py --workdir runs/dpo
 Hardware: two CPU cores, 4 minutes after SFT and sampling, which take 10 once.
 Expected: reward 0.47 at a KL of 32 nats, accuracy 0.91 (README).

@@ -1,5 +1,7 @@
 """IPO on the built-in task (https://arxiv.org/abs/2310.12036), in its token-mean reading.
 
+The paper's experiments are bandits of three actions; it has none of a language model.
+
 python -m scripts.train experiments/ipo.py --workdir runs/ipo
 Hardware: two CPU cores, 4 minutes after SFT and sampling, which take 10 once.
 Expected: reward 0.40 at a KL of 12 nats, accuracy 0.92 (README).
