@@ -150,13 +150,13 @@ def test_dpo_smooths_labels_where_trls_sigmoid_ignores_it(make_trainer):
 
 # TRL's name, its coefficient, our score, the lowest log-ratio that ours does not hold
 DIVERGENCES: dict[str, tuple[dict[str, Any], losses.Score, float]] = {
-    "forward_kl": ({"f_divergence_type": "forward_kl"}, losses.forward_kl, -20.0),
+    "forward_kl": ({"f_divergence_type": "forward_kl"}, losses.forward_kl, -40.0),
     "js_divergence": ({"f_divergence_type": "js_divergence"}, losses.jensen_shannon, -np.inf),
     **{
         f"alpha_divergence {alpha}": (
             {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": alpha},
             functools.partial(losses.alpha_divergence, alpha=alpha),
-            20 / (alpha - 1) if alpha < 1 else -np.inf,
+            losses.LARGEST_EXPONENT / (alpha - 1) if alpha < 1 else -np.inf,
         )
         for alpha in (0.5, 1.0, 1.5)
     },
@@ -185,14 +185,14 @@ def test_a_pair_loss_under_a_divergence_is_trls(make_trainer, name, divergence):
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_a_score_is_held_where_its_exponent_is_20_and_trls_later_or_never(make_trainer, divergence):
+def test_a_score_is_held_where_its_exponent_is_40_and_trls_later_or_never(make_trainer, divergence):
     options, score, lowest = DIVERGENCES[divergence]
     examples = parity.draw_examples(2, parity.PAIR)
     trainer = make_trainer("DPO", examples, loss_type=["sigmoid"], **options)
     batch = parity.collate(trainer)
     rows = parity.rows_of(batch)
     ours = functools.partial(losses.dpo, score=score)
-    drawn = parity.draw_tables(rows, np.array([-60.0, 2.0, 4.0, -60.0]), 0)
+    drawn = parity.draw_tables(rows, np.array([-86.0, 2.0, 4.0, -86.0]), 0)
     if np.isinf(lowest):
         parity.assert_pairs_equal(ours, trainer, batch, drawn, dtype_of(divergence))
         return
@@ -551,7 +551,7 @@ def test_the_losses_that_trl_has_as_methods_agree_at_extreme_numbers(make_traine
 def test_alphapo_is_held_where_trls_probability_underflows(make_trainer):
     options, loss = CPO_LOSSES["alphapo"]
     trainer = make_trainer("CPO", parity.draw_examples(1, parity.PAIR), **options)
-    low, high = np.array([-110.0]), np.array([-70.0])
+    low, high = np.array([-170.0]), np.array([-70.0])
     reference = None
 
     def ours(chosen, rejected) -> np.ndarray:
@@ -561,7 +561,7 @@ def test_alphapo_is_held_where_trls_probability_underflows(make_trainer):
     assert not np.isfinite(
         trainer.cpo_loss(parity.leaf(low, "float32"), parity.leaf(low, "float32"))[0].item()
     )
-    held = trainer.cpo_loss(parity.leaf(np.array([-80.0])), parity.leaf(high))[0].item()
+    held = trainer.cpo_loss(parity.leaf(np.array([-160.0])), parity.leaf(high))[0].item()
     exact = trainer.cpo_loss(parity.leaf(low), parity.leaf(high))[0].item()
     np.testing.assert_allclose(ours(low, high), held, rtol=parity.RELATIVE)
     assert abs(exact - held) > 0.1 * held
