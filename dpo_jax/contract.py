@@ -203,7 +203,7 @@ def reads(
         lambda batch: loss_of(policy, reference, _Batch(batch, title), declared.state())[0],
         trial.batch,
     )
-    return policy.read | reference.read
+    return (policy.read | reference.read) & set(names)
 
 
 def check(
@@ -222,7 +222,6 @@ def check(
     """
     declared, title = needs(loss), loss.__name__
     _check_declared(declared, names, title)
-    names = [*names, *([pack.PROMPT] if declared.prompt else [])]
     run, reference_read = _jitted(loss, hyperparameters)
     trials = [_draw(declared, names, columns, scale, seed) for seed, scale in enumerate(SCALES)]
     losses, metrics, _ = run(trials[0])
@@ -330,7 +329,10 @@ def _check_declared(declared: Needs, names: Sequence[str], title: str) -> None:
 def _draw(
     declared: Needs, names: Sequence[str], columns: Sequence[str], scale: float, seed: int
 ) -> _Trial:
-    """Made-up inputs: log-probabilities from -5 nats downwards."""
+    """Made-up inputs: log-probabilities from -5 nats downwards, the prompt's too where that is
+    declared.
+    """
+    names = [*names, pack.PROMPT] if declared.prompt else names
     generator = np.random.default_rng(seed)
     length = jnp.array([3, 4, 5, 6], jnp.int32)
 

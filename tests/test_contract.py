@@ -164,6 +164,7 @@ def test_a_statistic_without_a_name_is_refused():
         (losses.dpo, (*PAIRS, "gold"), set(PAIRS)),
         (losses.kto, UNPAIRED, set(UNPAIRED)),
         (losses.bco, UNPAIRED, {"completion"}),
+        (losses.orpo_prompt, PAIRS, set(PAIRS)),
     ],
 )
 def test_the_completions_that_a_loss_reads_are_found(loss, names, read):
