@@ -99,10 +99,10 @@ def assemble(
         evaluate_pairs=jax.jit(functools.partial(train_step.evaluate, pair_scoring)),
         sampler=sampler,
         reference=anchor,
-        follow=make_follow(experiment.reference, sharding.parameters(params, mesh)),
+        follow=make_follow(experiment.reference, shardings.params),
         compared=compared,
         numbers={
-            "loss": floats(experiment.loss),
+            "loss": contract.split(experiment.loss.hyperparameters)[0],
             "learning_rate": jnp.float32(experiment.optimizer.learning_rate),
         },
     )
@@ -192,9 +192,7 @@ def make_scoring(experiment: config.Experiment, model: decoder.Decoder) -> train
     """Policy, reference and loss as functions of a batch."""
     loss, declared = experiment.loss, contract.needs(experiment.loss.function)
     score = functools.partial(logps.score, model, statistics=declared.policy)
-    statics = {
-        name: value for name, value in loss.hyperparameters.items() if not isinstance(value, float)
-    }
+    _, statics = contract.split(loss.hyperparameters)
     if experiment.reference.source is None:
         score_reference = reference.none
     elif experiment.reference.cached:
@@ -221,15 +219,6 @@ def hold_compared(experiment: config.Experiment, params, anchor) -> Any:
     if anchor is None and experiment.model.source in presets.PRESETS:
         return None
     return jax.device_get(params if anchor is None else anchor)
-
-
-def floats(loss: config.Loss) -> dict[str, jax.Array]:
-    """The hyperparameters that the step takes as traced numbers."""
-    return {
-        name: jnp.float32(value)
-        for name, value in loss.hyperparameters.items()
-        if isinstance(value, float)
-    }
 
 
 def accumulation(experiment: config.Experiment) -> Callable:

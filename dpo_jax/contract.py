@@ -100,6 +100,12 @@ def with_state(loss: Callable, **statics: Any) -> Callable:
     return stateless
 
 
+def split(hyperparameters: Mapping[str, Any]) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    """The hyperparameters that a step takes as traced numbers, and those that are fixed in it."""
+    floats = {name: jnp.float32(v) for name, v in hyperparameters.items() if isinstance(v, float)}
+    return floats, {name: v for name, v in hyperparameters.items() if name not in floats}
+
+
 class _Completions(dict):
     """Completions by name, which notes what is read, with the cure for a name that the data do not
     give.
@@ -258,8 +264,7 @@ def _jitted(loss: Callable, hyperparameters: Mapping[str, Any]) -> tuple[Callabl
     of the reference that it has read, once it has run.
     """
     title, reference_read = loss.__name__, set()
-    floats = {name: jnp.float32(v) for name, v in hyperparameters.items() if isinstance(v, float)}
-    statics = {name: v for name, v in hyperparameters.items() if not isinstance(v, float)}
+    floats, statics = split(hyperparameters)
     loss_of = with_state(loss, **statics)
 
     @jax.jit
@@ -365,11 +370,8 @@ def _gradient(run: Callable, trial: _Trial) -> list[np.ndarray]:
         policy = {name: trial.policy[name]._replace(**sums) for name, sums in scored.items()}
         return jnp.sum(run(trial._replace(policy=policy))[0])
 
-    scored = {
-        name: {"total": one.total, "statistics": one.statistics}
-        for name, one in trial.policy.items()
-    }
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(jax.grad(objective)(scored))]
+    gradient = jax.grad(objective)(logps.differentiable(trial.policy))
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(gradient)]
 
 
 def _examples_meet(run: Callable, trials: Sequence[_Trial], declared: bool) -> bool:

@@ -73,6 +73,13 @@ def score(
     }
 
 
+def differentiable(scored: Mapping[str, Logps]) -> dict[str, dict]:
+    """Of each completion what depends on the parameters: its fields total and statistics."""
+    return {
+        name: {"total": one.total, "statistics": one.statistics} for name, one in scored.items()
+    }
+
+
 def locate(batch: dict, slots_of_row: int) -> tuple[jax.Array, jax.Array]:
     """Of each scored token its place in its completion and the tokens of its example's shortest
     completion: int32 [B, S] both.

@@ -171,13 +171,13 @@ def make_two_pass(microbatches: int) -> Callable:
             sums = apply_loss(scoring, moved, anchor, flat, state.loss_state, numbers)
             return sums.metrics["loss"][0] / jnp.maximum(sums.metrics["loss"][1], 1.0), sums
 
-        cotangents, sums = jax.grad(objective, has_aux=True)(differentiable(policy))
+        cotangents, sums = jax.grad(objective, has_aux=True)(logps.differentiable(policy))
         cotangents = jax.tree.map(lambda leaf: leaf.reshape(microbatches, -1), cotangents)
 
         def one(carry, part):
             rows, cotangent = part
             _, pull = jax.vjp(
-                lambda params: differentiable(scoring.score(params, rows)), state.params
+                lambda params: logps.differentiable(scoring.score(params, rows)), state.params
             )
             return jax.tree.map(jnp.add, carry, pull(cotangent)[0]), None
 
@@ -185,13 +185,6 @@ def make_two_pass(microbatches: int) -> Callable:
         return jax.lax.scan(one, zeros, (parts, cotangents))[0], sums
 
     return accumulate
-
-
-def differentiable(scored: Completions) -> dict[str, dict]:
-    """Of each completion what depends on the parameters: the fields total and statistics."""
-    return {
-        name: {"total": one.total, "statistics": one.statistics} for name, one in scored.items()
-    }
 
 
 def split(batch: dict, microbatches: int) -> dict:
