@@ -11,7 +11,7 @@ from dpo_jax.data import builtin
 from tests import tiny
 
 CORPUS = config.Task(model="reviews-500k", reviews=1500)
-PAIRS = config.Task(prefixes=24, held_out_prefixes=8)
+PAIRS = config.Task(prefixes=24, held_out_prefixes=16)
 
 
 def experiment(name: str, **changes) -> config.Experiment:
@@ -84,10 +84,10 @@ def sft(tmp_path_factory: pytest.TempPathFactory) -> str:
     run = config.override(
         experiment("sft", workdir=workdir),
         {
-            "steps": 80,
+            "steps": 140,
             "batch_size": 32,
             "optimizer.learning_rate": 8e-3,
-            "optimizer.warmup_steps": 8,
+            "optimizer.warmup_steps": 14,
             "samples.count": 4,
         },
     )
