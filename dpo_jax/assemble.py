@@ -23,7 +23,8 @@ from dpo_jax import (
     train_step,
 )
 from dpo_jax.data import pack, tokenise, tokenizer
-from dpo_jax.model import decoder, presets
+from dpo_jax.model import config as model_config
+from dpo_jax.model import frozen, lora, presets
 
 
 class Run(NamedTuple):
@@ -32,25 +33,26 @@ class Run(NamedTuple):
     experiment: config.Experiment
     mesh: jax.sharding.Mesh
     tokenizer: tokenizer.Tokenizer
-    model: decoder.Decoder
+    # the model as it starts, without what is trained, which is the state's
+    initial: initial.Initial
     train: reference.LaidOut
     held_out: reference.LaidOut | None
     # the held-out rows as pairs, where the run trains on unpaired halves
     held_out_pairs: reference.LaidOut | None
-    # (state, reference, batch, numbers) -> (state, metrics), jitted
+    # (state, held, batch, numbers) -> (state, metrics), jitted
     step: Callable
-    # (params, loss state, reference, the loss's floats, batch) -> Sums, jitted: of the loss, and of
-    # the rewards of pairs (for which the state is ())
+    # (params, loss state, held, the loss's floats, batch) -> Sums, jitted: of the loss, and of the
+    # rewards of pairs (for which the state is ())
     evaluate_loss: Callable
     evaluate_pairs: Callable
     sampler: evaluate.Sampler | None
-    # parameters of a live reference; None where it is cached or absent
-    reference: Any
+    # parameters that are not trained
+    held: train_step.Held
     # (reference, policy) -> the reference that has followed the policy, jitted; None where it stays
     follow: Callable | None
-    # on the host: what samples are compared with where that is not the live reference: the one that
-    # is cached or moves, as it was, or else the initial policy; None where samples are drawn from
-    # no model that was trained before
+    # on the host, in the form of held.reference: what samples are compared with where that is not
+    # the live reference: the one that is cached or moves, as it was, or else the initial policy;
+    # None where samples are drawn from no model that was trained before
     compared: Any
     # the loss's floats and the learning rate, as the step takes them
     numbers: dict
@@ -69,19 +71,17 @@ def assemble(
     if found.held_out is not None:
         print(f"held out: {tokenise.describe(found.held_out.report)}")
     params = found.initial.params
+    started = found.initial._replace(params={})
     tx = optimizer.make(experiment.optimizer)
     schedule = optimizer.make_schedule(experiment.optimizer, experiment.steps)
     anchor = load_reference(experiment, found, mesh)
     identities = identify(found, anchor)
     train, held_out, held_out_pairs = lay_out(experiment, found, mesh, anchor, identities)
-    scoring = make_scoring(experiment, found.initial.model)
+    scoring = make_scoring(experiment, started)
     sampler = make_sampler(experiment, found, mesh)
     compared = None if sampler is None else hold_compared(experiment, params, anchor)
-    if not has_live_reference(experiment):
-        anchor = None
-    elif anchor is params:
-        # the step donates the policy's buffers, and the reference outlives them
-        anchor = jax.tree.map(jnp.copy, params)
+    held = train_step.Held(started.base, hold_reference(experiment, found, anchor))
+    print(describe(experiment, found, held))
     state, shardings = make_state(params, tx, contract.needs(experiment.loss.function), mesh)
     pair_scoring = scoring._replace(loss=contract.with_state(evaluate.pair_rewards))
     step = train_step.make_train_step(scoring, tx, schedule, accumulation(experiment))
@@ -90,7 +90,7 @@ def assemble(
         experiment=experiment,
         mesh=mesh,
         tokenizer=found.tokenizer,
-        model=found.initial.model,
+        initial=started,
         train=train,
         held_out=held_out,
         held_out_pairs=held_out_pairs,
@@ -98,7 +98,7 @@ def assemble(
         evaluate_loss=jax.jit(functools.partial(train_step.evaluate, scoring)),
         evaluate_pairs=jax.jit(functools.partial(train_step.evaluate, pair_scoring)),
         sampler=sampler,
-        reference=anchor,
+        held=held,
         follow=make_follow(experiment.reference, shardings.params),
         compared=compared,
         numbers={
@@ -114,24 +114,56 @@ def identify(found: inputs.Inputs, anchor) -> dict[str, str]:
     hashes = {"training rows": found.train.fingerprint}
     if found.held_out is not None:
         hashes["held-out rows"] = found.held_out.fingerprint
-    hashes["initial policy"] = reference.fingerprint(found.initial.params)
+    hashes["initial policy"] = reference.fingerprint(initial.policy(found.initial))
     if anchor is found.initial.params:
         hashes["reference"] = hashes["initial policy"]
     elif anchor is not None:
-        hashes["reference"] = reference.fingerprint(anchor)
+        hashes["reference"] = reference.fingerprint(joined(found.initial, anchor))
     return hashes
 
 
+def joined(start: initial.Initial, params) -> dict:
+    """The parameters that the decoder takes where these are trained."""
+    return initial.policy(start._replace(params=params))
+
+
+def compared(run: Run):
+    """The parameters that samples are compared with; None: there are none."""
+    if run.compared is None and run.held.reference is None:
+        return None
+    if run.compared is None:
+        return joined(run.initial, run.held.reference)
+    return joined(run.initial, sharding.place(run.compared, run.mesh))
+
+
+def hold_reference(experiment: config.Experiment, found: inputs.Inputs, anchor):
+    """The parameters of a live reference: its own, since the step donates the policy's."""
+    if not has_live_reference(experiment):
+        return None
+    if experiment.reference.update_every is not None:
+        return jax.tree.map(jnp.copy, anchor)
+    return frozen.hold(anchor, initial.held_as(experiment.model, found.initial.model.dtype))
+
+
 def load_reference(experiment: config.Experiment, found: inputs.Inputs, mesh):
-    """Parameters of the reference on the mesh, the policy's own where it is the initial policy;
-    None without one.
+    """Parameters of the reference on the mesh, in the form of `Held.reference`: the policy's own
+    where it is the initial policy; None without one.
     """
-    source = experiment.reference.source
+    source, adapter = experiment.reference.source, found.initial.adapter
     if source is None:
         return None
+    if source == "base" and adapter is None:
+        raise ValueError(
+            "reference.source is base, and there is no adapter that could be off: give "
+            "--lora.rank, or --reference.source initial"
+        )
+    # a new adapter changes nothing yet, so that the initial policy is the base
+    if source == "base" or (is_initial(experiment) and found.initial.is_new):
+        return {}
     if is_initial(experiment):
         return found.initial.params
     loaded = initial.load(source, experiment.model, experiment.seed, mesh)
+    loaded = initial.merged(loaded, mesh)
     if loaded.model.config.vocabulary_size != found.initial.model.config.vocabulary_size:
         raise ValueError(
             f"reference.source {source} has a vocabulary of {loaded.model.config.vocabulary_size} "
@@ -144,6 +176,32 @@ def load_reference(experiment: config.Experiment, found: inputs.Inputs, mesh):
             f"{experiment.model.source}; both are scored by one function, so they must agree"
         )
     return loaded.params
+
+
+def describe(experiment: config.Experiment, found: inputs.Inputs, held: train_step.Held) -> str:
+    """What is trained, and against what reference, for the terminal."""
+    start, source = found.initial, experiment.reference.source
+    trained = sum(leaf.size for leaf in jax.tree.leaves(start.params))
+    total = model_config.parameter_count(start.model.config)
+    mebibytes = {
+        "base": frozen.bytes_of(held.base) / 2**20,
+        "reference": frozen.bytes_of(held.reference) / 2**20,
+    }
+    sizes = ", ".join(f"{name} {size:.1f} MiB" for name, size in mebibytes.items() if size)
+    if start.adapter is None:
+        text = f"training all {total:,} parameters"
+    else:
+        kind = "a new adapter" if start.is_new else "the adapter"
+        text = f"training {kind} of {trained:,} parameters on {start.adapter.source} ({total:,})"
+        meaning = {
+            None: "none",
+            "base": "the base with the adapter off",
+            "initial": "the base with the adapter off"
+            if start.is_new
+            else "the base with the adapter as it starts",
+        }
+        text += f"; reference: {meaning.get(source, source)}"
+    return f"{text}; held beside the state: {sizes}" if sizes else text
 
 
 def has_live_reference(experiment: config.Experiment) -> bool:
@@ -176,9 +234,9 @@ def lay_out(
         )
         if not cached:
             return reference.LaidOut(data, plan, None)
-        model = found.initial.model
+        params = joined(found.initial, anchor)
         table = reference.load_table(
-            model, anchor, params_hash, data, plan, mesh, declared.reference
+            found.initial.model, params, params_hash, data, plan, mesh, declared.reference
         )
         return reference.LaidOut(data, plan, table)
 
@@ -188,18 +246,26 @@ def lay_out(
     return train, held_out, pairs
 
 
-def make_scoring(experiment: config.Experiment, model: decoder.Decoder) -> train_step.Scoring:
+def make_scoring(experiment: config.Experiment, start: initial.Initial) -> train_step.Scoring:
     """Policy, reference and loss as functions of a batch."""
     loss, declared = experiment.loss, contract.needs(experiment.loss.function)
-    score = functools.partial(logps.score, model, statistics=declared.policy)
+
+    def make_score(statistics, dropout: float) -> Callable:
+        score = functools.partial(logps.score, start.model, statistics=statistics, dropout=dropout)
+
+        def score_joined(params, held: train_step.Held, batch: dict):
+            return score(lora.join(held.base, params, initial.scale(start)), batch)
+
+        return score_joined
+
+    score = make_score(declared.policy, experiment.lora.dropout)
     _, statics = contract.split(loss.hyperparameters)
     if experiment.reference.source is None:
         score_reference = reference.none
     elif experiment.reference.cached:
         score_reference = reference.cached
     else:
-        score_live = functools.partial(logps.score, model, statistics=declared.reference)
-        score_reference = functools.partial(reference.live, score_live)
+        score_reference = functools.partial(reference.live, make_score(declared.reference, 0.0))
     return train_step.Scoring(score, score_reference, contract.with_state(loss.function, **statics))
 
 

@@ -27,6 +27,10 @@ def check_value(value: Any, annotation: Any, name: str) -> Any:
         return value
     if origin in (typing.Union, types.UnionType):
         return check_union(value, annotation, name)
+    if origin is tuple:
+        if not isinstance(value, tuple) or not value:
+            raise ValueError(f"{name} is {value!r}; it must be {allowed(annotation)}")
+        return tuple(check_value(item, arguments[0], name) for item in value)
     if annotation is Any:
         return value
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
@@ -95,6 +99,8 @@ def allowed(annotation: Any) -> str:
         return f"one of {', '.join(map(repr, arguments))}"
     if origin in (typing.Union, types.UnionType):
         return " or ".join(map(allowed, arguments))
+    if origin is tuple:
+        return f"a tuple, each {allowed(arguments[0])}"
     if annotation is types.NoneType:
         return "None"
     return "function" if origin is not None else getattr(annotation, "__name__", str(annotation))

@@ -84,6 +84,31 @@ class Model:
     dtype: Literal["float32", "bfloat16"] | None = None
     # what the backward pass computes again: none, the dots' inputs only, or each whole layer
     remat: Literal["none", "dots", "full"] = "none"
+    # how matrices that are not trained are held (an adapter's base, a reference's); None: in the
+    # compute type, which changes nothing; int8: with a scale an output, for an adapter's base
+    frozen: Literal["float32", "bfloat16", "int8"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """A low-rank adapter (https://arxiv.org/abs/2106.09685), which alone is then trained."""
+
+    # rank of the adapter; None: no adapter, all parameters are trained
+    rank: Count | None = None
+    # what it adds is multiplied by alpha / rank
+    alpha: Positive = 16.0
+    # multiply by alpha / sqrt(rank) instead (rsLoRA, https://arxiv.org/abs/2312.03732)
+    rank_stabilised: bool = False
+    # linear maps that get one; None: all of attention and MLP, in a mixture of experts those of
+    # attention
+    targets: tuple[Literal["query", "key", "value", "output", "gate", "up", "down"], ...] | None = (
+        None
+    )
+    # share of an adapter's inputs that is dropped, drawn at each step
+    dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    # of a model.source that is a run with an adapter: train this adapter on, or merge it into the
+    # weights and train a new one
+    start: Literal["continue", "new"] = "continue"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +162,8 @@ class Data:
 class Reference:
     """The reference model of the log-ratios."""
 
-    # initial (a copy of the policy as it starts), a preset, folder or run folder; None: a loss that
-    # has none
+    # initial (the policy as it starts), base (what lies under an adapter, with the adapter off), a
+    # preset, folder or run folder; None: a loss that has none
     source: str | None = "initial"
     # compute its log-probabilities once, keep them on disk, and hold no second set of parameters
     cached: bool = False
@@ -283,6 +308,8 @@ class Experiment:
     checkpoint_every: Count | None = None
     # which weights the policy starts from, and how they are computed with
     model: Model = Model()
+    # a low-rank adapter, which alone is then trained
+    lora: Lora = Lora()
     # which rows are read, and how they become token ids
     data: Data = Data()
     # the reference model of the log-ratios

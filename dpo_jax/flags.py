@@ -263,13 +263,9 @@ def from_json(record: Mapping, module_path: str | Path | None = None) -> config.
             raise ValueError(f"{field} is {values!r}; it must be an object of fields")
         check_keys(values, dataclasses.fields(section), f"{field}.")
         hints = typing.get_type_hints(section, include_extras=True)
-        parts = {
-            name: functions.from_name(value, module)
-            if isinstance(value, str) and is_function_type(hints[name])
-            else value
-            for name, value in values.items()
-        }
-        fields[field] = section(**parts)
+        fields[field] = section(
+            **{name: from_json_value(values[name], hints[name], module) for name in values}
+        )
     loss = dict(record["loss"])
     if not isinstance(loss.get("function"), str):
         raise ValueError("loss.function is missing: the name of the loss, module:name")
@@ -282,6 +278,13 @@ def from_json(record: Mapping, module_path: str | Path | None = None) -> config.
             loss[name] = functions.from_name(loss[name], module)
     fields["loss"] = config.Loss(function, **loss)
     return config.Experiment(**fields)
+
+
+def from_json_value(value: Any, annotation: Any, module: types.ModuleType | None) -> Any:
+    """A field's value: a function of its name, a tuple of JSON's list, anything else as it is."""
+    if isinstance(value, str) and is_function_type(annotation):
+        return functions.from_name(value, module)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def sections() -> Iterator[tuple[str, type]]:

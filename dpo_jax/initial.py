@@ -1,42 +1,70 @@
-"""The model that a run starts from: a preset, a folder in HF format, or a run folder."""
+"""The model that a run starts from: a preset, a folder in HF format, or a run folder; and the
+adapter that is trained in its stead.
+"""
 
 import dataclasses
 import functools
 import json
+import os
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import checkpoint, config, paths, sharding
+from dpo_jax import checkpoint, config, paths, reference, sharding
 from dpo_jax.model import config as model_config
-from dpo_jax.model import decoder, presets, weights
+from dpo_jax.model import decoder, frozen, lora, presets, weights
 
 # files of a run folder that make it a model's folder too
-MODEL, TOKENIZER = "model.json", "tokenizer"
+MODEL, TOKENIZER, ADAPTER = "model.json", "tokenizer", "adapter.json"
 
 
 class Initial(NamedTuple):
     """A model before the first step."""
 
     model: decoder.Decoder
-    # float32, on the mesh
+    # float32, on the mesh: what is trained, all parameters or an adapter's
     params: dict
     # where its tokenizer lies; None for a preset
     tokenizer: str | None
+    # the parameters under an adapter; {} where all are trained
+    base: dict = {}
+    # how to find the base again; None where all parameters are trained
+    adapter: "Adapter | None" = None
+    # whether the adapter has not been trained yet
+    is_new: bool = False
+
+
+class Adapter(NamedTuple):
+    """What a run's adapter is, and what it lies on; adapter.json holds it."""
+
+    lora: config.Lora
+    targets: tuple[str, ...]
+    # the model that the base was made of, as `prepare` makes it
+    source: str
+    # how the base is held
+    held_as: str
+    # of the source, where it is a preset, and of the new adapter
+    seed: int
+    # content hash of the base
+    base: str
 
 
 def load(source: str, settings: config.Model, seed: int, mesh) -> Initial:
-    """The model of a source, its parameters on the mesh; ValueError says what a source may be."""
+    """The model of a source on the mesh, as it was trained: a run with an adapter is base and
+    adapter. ValueError says what a source may be.
+    """
     if source in presets.PRESETS:
         shape = presets.PRESETS[source]
-        placed = sharding.parameters(decoder_shapes(shape), mesh)
+        placed = sharding.parameters(decoder.shapes(shape), mesh)
         make = jax.jit(functools.partial(decoder.init, shape), out_shardings=placed)
         return Initial(make_decoder(shape, settings), make(jax.random.key(seed)), None)
+    if paths.exists(paths.join(source, ADAPTER)):
+        return load_adapted(source, settings, mesh)
     if paths.exists(paths.join(source, MODEL)):
         shape = read_shape(source)
         _, params = checkpoint.load_params(
-            source, sharding.with_shardings(decoder_shapes(shape), mesh)
+            source, sharding.with_shardings(decoder.shapes(shape), mesh)
         )
         return Initial(make_decoder(shape, settings), params, tokenizer_of(source))
     shape, params = weights.load(source)
@@ -45,9 +73,129 @@ def load(source: str, settings: config.Model, seed: int, mesh) -> Initial:
     )
 
 
-def decoder_shapes(shape: model_config.DecoderConfig):
-    """Shapes and types of the parameters."""
-    return decoder.shapes(shape)
+def load_adapted(source: str, settings: config.Model, mesh) -> Initial:
+    """Base and adapter of a run folder; ValueError where the base is not what it was."""
+    record = json.loads(paths.read_text(paths.join(source, ADAPTER)))
+    settings_then = {**record["lora"], "targets": tuple(record["targets"])}
+    adapter = Adapter(
+        **{**record, "lora": config.Lora(**settings_then), "targets": tuple(record["targets"])}
+    )
+    held = dataclasses.replace(settings, frozen=adapter.held_as)
+    try:
+        start = prepare(
+            load(adapter.source, held, adapter.seed, mesh),
+            adapter.lora,
+            Origin(adapter.source, held, adapter.seed),
+            mesh,
+        )
+    except ValueError as error:
+        raise ValueError(f"{source} is an adapter of {adapter.source}: {error}") from error
+    if start.adapter is None or start.adapter.base != adapter.base:
+        raise ValueError(
+            f"{source} is an adapter of {adapter.source}, whose weights have changed since: put "
+            "them back"
+        )
+    shapes = lora.shapes(start.model.config, adapter.targets, start.adapter.lora.rank or 0)
+    _, params = checkpoint.load_params(source, sharding.with_shardings(shapes, mesh))
+    return start._replace(
+        params=params, tokenizer=tokenizer_of(source), adapter=adapter, is_new=False
+    )
+
+
+class Origin(NamedTuple):
+    """Where a model came from: the arguments of `load`."""
+
+    source: str
+    settings: config.Model
+    seed: int
+
+
+def prepare(start: Initial, settings: config.Lora, origin: Origin, mesh) -> Initial:
+    """The model with what a run trains: an adapter, new or as it is, or else all parameters, in
+    which an adapter is then merged.
+    """
+    if settings.rank is None:
+        return merged(start, mesh)
+    is_new = start.adapter is None or settings.start == "new"
+    if start.adapter is not None and not is_new:
+        check_same(settings, start.adapter, origin)
+        base, params, targets = start.base, start.params, start.adapter.targets
+    else:
+        targets = lora.find_targets(start.model.config, settings.targets)
+        base = frozen.hold(merged(start, mesh).params, held_as(origin.settings, start.model.dtype))
+        params = new_adapter(start.model.config, settings, targets, origin.seed, mesh)
+    source = origin.source
+    if paths.is_local(source) and os.path.exists(source):
+        source = os.path.abspath(source)
+    adapter = Adapter(
+        settings,
+        targets,
+        source,
+        held_as(origin.settings, start.model.dtype),
+        origin.seed,
+        reference.fingerprint(base),
+    )
+    return start._replace(params=params, base=base, adapter=adapter, is_new=is_new)
+
+
+def merged(start: Initial, mesh) -> Initial:
+    """The model with its adapter, if it has one, merged into float32 parameters."""
+    if start.adapter is None:
+        return start
+    placed = sharding.parameters(decoder.shapes(start.model.config), mesh)
+    params = jax.jit(lora.merge, out_shardings=placed)(policy(start))
+    return start._replace(params=params, base={}, adapter=None, is_new=False)
+
+
+def policy(start: Initial) -> dict:
+    """The parameters that the decoder takes."""
+    return lora.join(start.base, start.params, scale(start))
+
+
+def scale(start: Initial) -> float:
+    """What the product of the model's adapter is multiplied by; 1 where there is none."""
+    if start.adapter is None:
+        return 1.0
+    settings = start.adapter.lora
+    return lora.scale(settings.alpha, settings.rank or 1, rank_stabilised=settings.rank_stabilised)
+
+
+def new_adapter(
+    shape: model_config.DecoderConfig,
+    settings: config.Lora,
+    targets: tuple[str, ...],
+    seed: int,
+    mesh,
+) -> dict:
+    """The parameters of a new adapter on the mesh."""
+    rank = settings.rank or 0
+    placed = sharding.parameters(lora.shapes(shape, targets, rank), mesh)
+    make = jax.jit(functools.partial(lora.init, shape, targets, rank), out_shardings=placed)
+    # another key than that of a preset's random weights
+    return make(jax.random.fold_in(jax.random.key(seed), 1))
+
+
+def check_same(settings: config.Lora, adapter: Adapter, origin: Origin) -> None:
+    """Raises ValueError where a run would go on with an adapter of another form."""
+    for name in ("rank", "alpha", "rank_stabilised", "targets"):
+        mine, its = getattr(settings, name), getattr(adapter.lora, name)
+        if name == "targets":
+            mine, its = mine and tuple(sorted(mine)), tuple(sorted(adapter.targets))
+        if mine != its and not (name == "targets" and mine is None):
+            raise ValueError(
+                f"lora.{name} is {mine}, and the adapter of {origin.source} has {its}: give the "
+                "same to train it on, or --lora.start new to merge it and train a new one"
+            )
+    if origin.settings.frozen not in (None, adapter.held_as):
+        raise ValueError(
+            f"model.frozen is {origin.settings.frozen}, and the base of {origin.source} is held in "
+            f"{adapter.held_as}: leave it out, or give --lora.start new"
+        )
+
+
+def held_as(settings: config.Model, dtype) -> str:
+    """The type of matrices that are not trained."""
+    return settings.frozen or jnp.dtype(dtype).name
 
 
 def tokenizer_of(source: str) -> str | None:
@@ -64,9 +212,13 @@ def make_decoder(shape: model_config.DecoderConfig, settings: config.Model) -> d
     return decoder.Decoder(shape, dtype=jnp.dtype(name), remat=settings.remat)
 
 
-def write_shape(folder: str, shape: model_config.DecoderConfig) -> None:
-    """Writes the model's shape into a run folder."""
-    paths.write_text(paths.join(folder, MODEL), json.dumps(dataclasses.asdict(shape), indent=2))
+def write_model(folder: str, start: Initial) -> None:
+    """Writes into a run folder what makes it a model's folder too, but for the tokenizer."""
+    shape = dataclasses.asdict(start.model.config)
+    paths.write_text(paths.join(folder, MODEL), json.dumps(shape, indent=2))
+    if start.adapter is not None:
+        record = start.adapter._asdict() | {"lora": dataclasses.asdict(start.adapter.lora)}
+        paths.write_text(paths.join(folder, ADAPTER), json.dumps(record, indent=2))
 
 
 def read_shape(folder: str) -> model_config.DecoderConfig:

@@ -2,6 +2,7 @@
 against each other.
 """
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,7 +34,8 @@ def load(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Inputs:
     """
     check_switches(experiment)
     sharding.check_batch_size(experiment.batch_size, experiment.microbatches, mesh)
-    start = initial.load(experiment.model.source, experiment.model, experiment.seed, mesh)
+    origin = initial.Origin(experiment.model.source, experiment.model, experiment.seed)
+    start = initial.prepare(initial.load(*origin, mesh), experiment.lora, origin, mesh)
     words = tokenizer.load_tokenizer(experiment.data, start.tokenizer)
     vocabulary = start.model.config.vocabulary_size
     if words.vocabulary_size > vocabulary:
@@ -87,11 +89,38 @@ def load_examples(
 def check_switches(experiment: config.Experiment) -> None:
     """Raises ValueError for a switch that would have no effect."""
     check_reference(experiment.reference, experiment.steps)
+    check_lora(experiment)
     check_statistics(experiment)
     start = experiment.profile.start
     if start is not None and start >= experiment.steps:
         raise ValueError(
             f"profile.start is {start}, and the run has {experiment.steps} steps: it must be less"
+        )
+
+
+def check_lora(experiment: config.Experiment) -> None:
+    """Raises ValueError for settings of an adapter where there is none, and for what excludes
+    one.
+    """
+    settings = experiment.lora
+    if settings.rank is None:
+        for field in dataclasses.fields(settings):
+            value = getattr(settings, field.name)
+            if value != field.default:
+                raise ValueError(
+                    f"lora.{field.name} is {value}, and lora.rank is None, so that there is no "
+                    "adapter: give --lora.rank, or leave it out"
+                )
+        if experiment.model.frozen == "int8":
+            raise ValueError(
+                "model.frozen is int8, and lora.rank is None: a reference in int8 would differ "
+                "from a policy that is not; give --lora.rank, or another --model.frozen"
+            )
+    elif experiment.reference.update_every is not None:
+        raise ValueError(
+            f"reference.update_every is {experiment.reference.update_every}, and lora.rank is "
+            f"{settings.rank}: a reference can only follow a policy of which all parameters are "
+            "trained; leave one out"
         )
 
 

@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.data import pack
-from dpo_jax.model import attention, decoder
+from dpo_jax.model import attention, decoder, layers
 
 # logits held at once, over all devices: 128 MiB in float32
 CHUNK_ELEMENTS = 2**25
 # the key of the log-probability itself beside statistics
 TOTAL = "total"
+# the key of a batch's seeds of dropout, uint32 [B], where a step has any
+NOISE = "noise"
 
 
 class Logps(NamedTuple):
@@ -42,16 +44,23 @@ Statistic = Callable[[Tokens], jax.Array]
 
 
 def score(
-    model: decoder.Decoder, params, batch: dict, statistics: Mapping[str, Statistic] | None = None
+    model: decoder.Decoder,
+    params,
+    batch: dict,
+    statistics: Mapping[str, Statistic] | None = None,
+    dropout: float = 0.0,
 ) -> dict[str, Logps]:
     """Log-probabilities of every completion under the model, by completion name.
 
-    Reads tokens, example, branch, position [B, L], source, target, slot [B, S] and length {name:
-    [N]}. `statistics` are summed over each completion too.
+    Reads tokens, example, branch, position [B, L], source, target, slot [B, S], length {name: [N]}
+    and, where `dropout` of an adapter's inputs is over 0, noise [B], if there is any. `statistics`
+    are summed over each completion too.
     """
-    statistics = statistics or {}
+    statistics, noise = statistics or {}, None
     ids = attention.Ids(batch["example"], batch["branch"], batch["position"])
-    hidden: Any = model.apply({"params": params}, batch["tokens"], ids)
+    if dropout and NOISE in batch:
+        noise = layers.Dropout(jax.vmap(jax.random.key)(batch[NOISE]), dropout)
+    hidden: Any = model.apply({"params": params}, batch["tokens"], ids, dropout=noise)
     hidden = jnp.take_along_axis(hidden, batch["source"][..., None], axis=1)  # [B, S, D]
     head = decoder.head(params, model.config)
     names = sorted(batch["length"])

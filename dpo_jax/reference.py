@@ -34,12 +34,12 @@ class LaidOut(NamedTuple):
     table: Table | None
 
 
-def live(score, params, batch: dict) -> dict[str, logps.Logps]:
-    """Scores the batch with the reference's own parameters; no gradient passes."""
-    return jax.lax.stop_gradient(score(params, batch))
+def live(score, held, batch: dict) -> dict[str, logps.Logps]:
+    """Scores the batch as a policy with the held reference's parameters; no gradient passes."""
+    return jax.lax.stop_gradient(score(held.reference, held, batch))
 
 
-def cached(params: None, batch: dict) -> dict[str, logps.Logps]:
+def cached(held, batch: dict) -> dict[str, logps.Logps]:
     """Reads what `with_table` put into the batch."""
     columns = batch["reference"]
 
@@ -65,7 +65,7 @@ def follow(reference, policy, weight: jax.Array):
     return jax.tree.map(lambda old, new: weight * new + (1 - weight) * old, reference, policy)
 
 
-def none(params: None, batch: dict) -> None:
+def none(held, batch: dict) -> None:
     """For losses without a reference."""
 
 

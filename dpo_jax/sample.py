@@ -45,7 +45,7 @@ def sample(source: str, prompt: str, options: Options) -> list[str]:
     greedy = options.temperature == 0
     completions = generate.complete(
         model.model,
-        model.params,
+        initial.policy(model),
         [ids] * options.count,
         jax.random.key(options.seed),
         select=generate.greedy if greedy else generate.make_sampler(options.top_k, options.top_p),

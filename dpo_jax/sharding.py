@@ -25,6 +25,7 @@ RULES: dict[str, str | None] = {
     "vocabulary": "tensor",
     "positions": None,
     "experts": None,
+    "rank": None,
 }
 # rows of a batch lie on both
 BATCH_AXES = ("data", "fsdp")

@@ -161,7 +161,8 @@ def make_samples(task: config.Task, source: str, data: config.Data) -> Path:
     model = initial.load(source, config.Model(dtype="float32"), task.seed, mesh)
     words = tokenizer.load_tokenizer(data, model.tokenizer)
     sizes = [getattr(task, name) for name in (*SAMPLE_FIELDS, "seed")]
-    folder = cached("samples", [reference.fingerprint(model.params), words.fingerprint, *sizes])
+    weights = reference.fingerprint(initial.policy(model))
+    folder = cached("samples", [weights, words.fingerprint, *sizes])
     with filelock.FileLock(f"{folder}.lock"):
         if not (folder / "train.jsonl").exists():
             print(
@@ -187,7 +188,7 @@ def sample(
     prompts = [bos + words.encode(prefix) for prefix in prefixes for _ in range(task.completions)]
     sampled = generate.complete(
         model.model,
-        model.params,
+        initial.policy(model),
         prompts,
         jax.random.key(task.seed),
         select=generate.make_sampler(),

@@ -29,6 +29,7 @@ from dpo_jax import (
     flags,
     initial,
     inputs,
+    logps,
     metrics,
     paths,
     reference,
@@ -64,7 +65,7 @@ def train(experiment: config.Experiment, experiment_file: str | Path) -> None:
     inputs.write_reports(folder, {"train": run.train, "held_out": run.held_out})
     if not paths.exists(paths.join(folder, initial.MODEL)):
         run.tokenizer.save(paths.join(folder, initial.TOKENIZER))
-        initial.write_shape(folder, run.model.config)
+        initial.write_model(folder, run.initial)
     record = flags.to_json(experiment, experiment_file)
     with checkpoint.make_checkpointer(folder, experiment.checkpoint) as checkpointer:
         run, state = resume(checkpointer, run, state)
@@ -125,7 +126,8 @@ def resume(
     restored = checkpoint.restore(checkpointer, step, items)
     print(f"going on from step {step}")
     placed = jax.device_put(np.int32(step), state.step.sharding)
-    run = run._replace(reference=restored.pop("reference", run.reference))
+    reference = restored.pop("reference", run.held.reference)
+    run = run._replace(held=run.held._replace(reference=reference))
     return run, train_step.TrainState(placed, **restored)
 
 
@@ -135,7 +137,7 @@ def saved_items(run: assemble.Run, state: train_step.TrainState) -> dict[str, An
     if contract.has_state(run.experiment.loss.function):
         items["loss_state"] = state.loss_state
     if run.follow is not None:
-        items["reference"] = run.reference
+        items["reference"] = run.held.reference
     return items
 
 
@@ -160,7 +162,7 @@ def loop(run: assemble.Run, folder: str, state: train_step.TrainState, ends: End
     pending, clock = None, time.perf_counter()
     for step, batch, facts in batches(run, first):
         profile(experiment.profile, folder, step, state, ends.trace)
-        state, values = run.step(state, run.reference, batch, run.numbers)
+        state, values = run.step(state, run.held, batch, run.numbers)
         # the device works on this step while the numbers of the last are fetched and written
         if pending is not None:
             ends.writer.write(*fetch(pending, clock))
@@ -169,7 +171,8 @@ def loop(run: assemble.Run, folder: str, state: train_step.TrainState, ends: End
         if step == 0:
             check_identity(run, float(values["deviation"]))
         if run.follow is not None and divides(experiment.reference.update_every, done):
-            run = run._replace(reference=run.follow(run.reference, state.params))
+            followed = run.follow(run.held.reference, state.params)
+            run = run._replace(held=run.held._replace(reference=followed))
         if ends.stop.is_set() or done == experiment.steps or due(experiment, done):
             pause(run, folder, state, fetch(pending, clock), ends)
             pending, clock = None, time.perf_counter()
@@ -241,21 +244,24 @@ def evaluation(
     numbers = run.numbers["loss"]
     if run.held_out is not None:
         loss_of = functools.partial(
-            run.evaluate_loss, state.params, state.loss_state, run.reference, numbers
+            run.evaluate_loss, state.params, state.loss_state, run.held, numbers
         )
         found |= evaluate.preferences(loss_of, run.held_out, run.mesh)
     if run.held_out_pairs is not None:
         beta = {name: number for name, number in numbers.items() if name == "beta"}
-        rewards_of = functools.partial(run.evaluate_pairs, state.params, (), run.reference, beta)
+        rewards_of = functools.partial(run.evaluate_pairs, state.params, (), run.held, beta)
         pairs = evaluate.preferences(rewards_of, run.held_out_pairs, run.mesh)
         found |= {name: value for name, value in pairs.items() if name.startswith("rewards/")}
     found = {f"eval/{name}": value for name, value in found.items()}
     if run.sampler is not None:
         # the same noise at every evaluation, so that what changes is the policy
         key = jax.random.fold_in(jax.random.key(run.experiment.seed), 1)
-        held = run.compared
-        anchor = run.reference if held is None else sharding.place(held, run.mesh)
-        sampled, rows = evaluate.sample(run.sampler, state.params, anchor, key)
+        sampled, rows = evaluate.sample(
+            run.sampler,
+            assemble.joined(run.initial, state.params),
+            assemble.compared(run),
+            key,
+        )
         evaluate.write_rows(folder, step, rows)
         found |= {f"samples/{name}": value for name, value in sampled.items()}
     return found
@@ -266,9 +272,13 @@ def batches(run: assemble.Run, first: int) -> Iterator[tuple[int, dict, dict[str
     thread.
     """
     data, plan, table = run.train
+    seed, dropout = run.experiment.seed, run.experiment.lora.dropout
 
     def make(step: int) -> tuple[dict, dict[str, float]]:
         batch = pack.batch(data, plan, step)
+        if dropout:
+            draws = np.random.default_rng([seed, step]).integers(2**32, size=len(batch["tokens"]))
+            batch[logps.NOISE] = draws.astype(np.uint32)
         facts = {**pack.fill(batch), "tokens": float((batch["example"] > 0).sum())}
         return sharding.put_batch(reference.with_table(batch, table), run.mesh), facts
 
@@ -291,7 +301,7 @@ def check_identity(run: assemble.Run, deviation: float) -> None:
     """Raises ValueError where policy and reference start with the same weights and score
     differently.
     """
-    tolerance = TOLERANCE[np.dtype(run.model.dtype).name]
+    tolerance = TOLERANCE[np.dtype(run.initial.model.dtype).name]
     if not assemble.is_initial(run.experiment) or math.isnan(deviation) or deviation <= tolerance:
         return
     cause = (

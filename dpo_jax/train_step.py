@@ -18,7 +18,7 @@ Completions = dict[str, logps.Logps]
 
 @flax.struct.dataclass
 class TrainState:
-    """What the step changes. The reference is no part of it."""
+    """What the step changes."""
 
     step: jax.Array  # int32 scalar, updates so far
     params: Any
@@ -27,13 +27,23 @@ class TrainState:
     loss_state: Any = ()
 
 
+class Held(NamedTuple):
+    """Parameters that the step reads and does not change. It is no part of the state."""
+
+    # what lies under an adapter; {} where all parameters are trained
+    base: dict
+    # what the reference has in the place of the base's parameters or beside them: all of its own,
+    # an adapter's, or {} for the base alone; None where no reference is live
+    reference: Any = None
+
+
 class Scoring(NamedTuple):
     """How a batch becomes losses."""
 
-    # (params, batch) -> policy
-    score: Callable[[Any, dict], Completions]
-    # (reference parameters or None, batch) -> reference or None
-    score_reference: Callable[[Any, dict], Completions | None]
+    # (params, held, batch) -> policy
+    score: Callable[[Any, Held, dict], Completions]
+    # (held, batch) -> reference or None
+    score_reference: Callable[[Held, dict], Completions | None]
     # (policy, reference, batch, state, **numbers) -> losses [N], metrics {name: [N]}, next state
     loss: Callable
 
@@ -55,15 +65,15 @@ def make_train_step(
     schedule: Callable[[jax.Array], jax.Array],
     accumulate: Callable,
 ) -> Callable:
-    """step(state, reference, batch, numbers) -> (state, metrics {name: float32 scalar}).
+    """step(state, held, batch, numbers) -> (state, metrics {name: float32 scalar}).
 
     `numbers` is {"loss": the loss's floats, "learning_rate": peak}, traced, so that no value of
     them compiles anew. `accumulate` is `whole`, or what `make_microbatched` or `make_two_pass`
     returns. The metric `deviation` is the largest log-ratio per token before the update.
     """
 
-    def step(state: TrainState, reference, batch: dict, numbers: dict) -> tuple[TrainState, dict]:
-        gradient, sums = accumulate(scoring, state, reference, batch, numbers["loss"])
+    def step(state: TrainState, held: Held, batch: dict, numbers: dict) -> tuple[TrainState, dict]:
+        gradient, sums = accumulate(scoring, state, held, batch, numbers["loss"])
         updates, opt_state = tx.update(gradient, state.opt_state, state.params)
         rate = numbers["learning_rate"] * schedule(state.step)
         params = optax.apply_updates(
@@ -80,9 +90,9 @@ def make_train_step(
     return step
 
 
-def evaluate(scoring: Scoring, params, loss_state, reference, numbers: dict, batch: dict) -> Sums:
+def evaluate(scoring: Scoring, params, loss_state, held: Held, numbers: dict, batch: dict) -> Sums:
     """Sums of loss and metrics over a batch; `numbers` are the loss's floats."""
-    policy, anchor = scoring.score(params, batch), scoring.score_reference(reference, batch)
+    policy, anchor = scoring.score(params, held, batch), scoring.score_reference(held, batch)
     return apply_loss(scoring, policy, anchor, batch, loss_state, numbers)
 
 
@@ -111,12 +121,12 @@ def apply_loss(
 
 
 def whole(
-    scoring: Scoring, state: TrainState, reference, batch: dict, numbers: dict
+    scoring: Scoring, state: TrainState, held: Held, batch: dict, numbers: dict
 ) -> tuple[Any, Sums]:
     """Gradient of the mean loss, and the sums, from all rows at once."""
 
     def objective(params):
-        sums = evaluate(scoring, params, state.loss_state, reference, numbers, batch)
+        sums = evaluate(scoring, params, state.loss_state, held, numbers, batch)
         return sums.metrics["loss"][0] / jnp.maximum(sums.metrics["loss"][1], 1.0), sums
 
     return jax.grad(objective, has_aux=True)(state.params)
@@ -129,12 +139,12 @@ def make_microbatched(microbatches: int) -> Callable:
     """
 
     def accumulate(
-        scoring: Scoring, state: TrainState, reference, batch: dict, numbers: dict
+        scoring: Scoring, state: TrainState, held: Held, batch: dict, numbers: dict
     ) -> tuple[Any, Sums]:
         total_weight = jnp.maximum(jnp.sum(batch["weight"]), 1.0)
 
         def objective(params, loss_state, part):
-            sums = evaluate(scoring, params, loss_state, reference, numbers, part)
+            sums = evaluate(scoring, params, loss_state, held, numbers, part)
             return sums.metrics["loss"][0] / total_weight, sums
 
         def one(carry, part):
@@ -159,11 +169,12 @@ def make_two_pass(microbatches: int) -> Callable:
     """
 
     def accumulate(
-        scoring: Scoring, state: TrainState, reference, batch: dict, numbers: dict
+        scoring: Scoring, state: TrainState, held: Held, batch: dict, numbers: dict
     ) -> tuple[Any, Sums]:
         parts = split(batch, microbatches)
-        policy = jax.lax.map(lambda part: scoring.score(state.params, part), parts)  # [m, N / m]
-        anchor = jax.lax.map(lambda part: scoring.score_reference(reference, part), parts)
+        # [m, N / m] each
+        policy = jax.lax.map(lambda part: scoring.score(state.params, held, part), parts)
+        anchor = jax.lax.map(lambda part: scoring.score_reference(held, part), parts)
         policy, anchor, flat = jax.tree.map(join, (policy, anchor, per_example(parts)))
 
         def objective(scored):
@@ -177,7 +188,7 @@ def make_two_pass(microbatches: int) -> Callable:
         def one(carry, part):
             rows, cotangent = part
             _, pull = jax.vjp(
-                lambda params: logps.differentiable(scoring.score(params, rows)), state.params
+                lambda params: logps.differentiable(scoring.score(params, held, rows)), state.params
             )
             return jax.tree.map(jnp.add, carry, pull(cotangent)[0]), None
 
@@ -212,5 +223,5 @@ def join(leaf: jax.Array) -> jax.Array:
 
 def per_example(parts: dict) -> dict:
     """The leaves of a batch with one number an example, which is all that a loss reads."""
-    by_token = ("tokens", "example", "branch", "position", "source", "target", "slot")
-    return {name: leaf for name, leaf in parts.items() if name not in by_token}
+    by_row = ("tokens", "example", "branch", "position", "source", "target", "slot", logps.NOISE)
+    return {name: leaf for name, leaf in parts.items() if name not in by_row}

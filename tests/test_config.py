@@ -153,6 +153,7 @@ def test_flatten_lists_every_field_once_by_its_dotted_name():
     assert flat["steps"] == 10
     sections = [config.Model, config.Data, config.Reference, config.Optimizer, config.Mesh]
     sections += [config.Samples, config.Checkpoint, config.Log, config.Profile, config.Task]
+    sections += [config.Lora]
     inner = sum(len(dataclasses.fields(section)) for section in sections)
     outer = len(dataclasses.fields(config.Experiment)) - len(sections) - 1
     assert len(flat) == inner + outer + len(["loss.beta", "loss.tau"])

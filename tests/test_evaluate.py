@@ -36,7 +36,7 @@ def mesh() -> jax.sharding.Mesh:
     return sharding.make_mesh(config.Mesh(), jax.devices()[:1])
 
 
-def length_score(params, batch: dict) -> dict[str, logps.Logps]:
+def length_score(params, held: train_step.Held, batch: dict) -> dict[str, logps.Logps]:
     """Completions whose log-probability is params a token: what a mean must be is known."""
     return {name: logps.Logps(params * length, length) for name, length in batch["length"].items()}
 
@@ -48,7 +48,7 @@ def scoring(loss: Any) -> train_step.Scoring:
 
 def evaluate_losses(given: train_step.Scoring, params: float, anchor, held_out, mesh, **numbers):
     run = jax.jit(functools.partial(train_step.evaluate, given))
-    loss_of = functools.partial(run, jnp.float32(params), (), anchor, numbers)
+    loss_of = functools.partial(run, jnp.float32(params), (), train_step.Held({}, anchor), numbers)
     return evaluate.preferences(loss_of, held_out, mesh)
 
 
@@ -248,7 +248,7 @@ def test_samples_of_other_lengths_are_scored_in_the_same_shapes(
 
     def score(params, batch):
         shapes.append((batch["tokens"].shape, batch["target"].shape))
-        return length_score(params, batch)
+        return length_score(params, train_step.Held({}), batch)
 
     settings = config.Samples(count=4, max_tokens=200)
     counted = sampler._replace(score=jax.jit(score), settings=settings)

@@ -162,7 +162,8 @@ def test_help_shows_every_field_with_its_comment(file, capsys):
             assert flag not in text
             continue
         # the flag, its metavar or its negation, and a comment before the default
-        line = rf"{re.escape(flag)}( \S+|, --\S+) (?!\(default)\w.{{3,}}?\(default: "
+        metavar = r"( \S+|, --\S+| \{None\}\|\{\[.+?\]\})"
+        line = rf"{re.escape(flag)}{metavar} (?!\(default)\w.{{3,}}?\(default: "
         assert re.search(line, text), f"no comment for {flag}"
     assert "--steps INT optimizer steps (default: 10)" in text
     assert "--loss.beta FLOAT inverse temperature of the reward; float, > 0 (default" in text

@@ -56,7 +56,14 @@ def all_losses(policy, anchor, batch, state, **weights):
 
 
 NEEDS = contract.needs(all_losses)
-score = functools.partial(logps.score, MODEL, statistics=NEEDS.policy)
+
+
+def score(params, held: train_step.Held, batch: dict) -> dict[str, logps.Logps]:
+    return logps.score(MODEL, params, batch, NEEDS.policy)
+
+
+def score_reference_of(params, held: train_step.Held, batch: dict) -> dict[str, logps.Logps]:
+    return logps.score(MODEL, params, batch, NEEDS.reference)
 
 
 # BCO's running means after some steps: mean and count of the desirable, and of the undesirable
@@ -104,15 +111,17 @@ def compute(draw_examples, draw_params) -> Callable[[Way], dict[str, Result]]:
         batch = make_batch(data, sharding.batch_shards(mesh) * way.microbatches, way.packed)
         if way.cached:
             batch = reference.with_table(batch, load_table())
-        score_live = functools.partial(logps.score, MODEL, statistics=NEEDS.reference)
-        live = functools.partial(reference.live, score_live)
+        live = functools.partial(reference.live, score_reference_of)
         score_reference = reference.cached if way.cached else live
         scoring = train_step.Scoring(score, score_reference, contract.with_state(all_losses))
         run: Any = jax.jit(functools.partial(way.accumulate, scoring))
         where, placed = sharding.put_batch(batch, mesh), sharding.place(policy, mesh)
         other = None if way.cached else sharding.place(anchor, mesh)
         state = train_step.TrainState(jnp.int32(0), placed, None, BASELINES)
-        found = {name: as_result(*run(state, other, where, only(name))) for name in LOSSES}
+        found = {
+            name: as_result(*run(state, train_step.Held({}, other), where, only(name)))
+            for name in LOSSES
+        }
         assert run._cache_size() == 1
         return found
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import config, logps, paths, reference, sharding
+from dpo_jax import config, logps, paths, reference, sharding, train_step
 from dpo_jax.data import pack
 from dpo_jax.model import decoder
 from dpo_jax.model.presets import PRESETS
@@ -57,14 +57,18 @@ def counter(monkeypatch, data) -> Counter:
 def test_the_cached_log_probabilities_are_those_of_live_scoring(params, data):
     table = load(params, data)
     assert set(table) == {"chosen", "rejected"}
-    plan = pack.plan(data, 12, 1, seed=3)
-    live, seen = jax.jit(functools.partial(reference.live, score)), set()
+    plan, held = pack.plan(data, 12, 1, seed=3), train_step.Held({}, params)
+
+    def score_held(params, held: train_step.Held, batch: dict):
+        return score(params, batch)
+
+    live, seen = jax.jit(functools.partial(reference.live, score_held)), set()
     for step in range(3):
         host = reference.with_table(pack.batch(data, plan, step), table)
         filled = host["weight"] > 0
         seen |= set(host["index"][filled].tolist())
         batch = {name: value for name, value in host.items() if name != "index"}
-        expected, found = live(params, batch), reference.cached(None, batch)
+        expected, found = live(held, batch), reference.cached(held, batch)
         for name in data.names:
             np.testing.assert_allclose(
                 found[name].total[filled], np.asarray(expected[name].total)[filled], rtol=1e-5
@@ -147,4 +151,4 @@ def test_a_batch_gets_the_totals_of_its_examples_and_zeros_in_empty_slots():
 
 
 def test_without_a_reference_there_is_none():
-    assert reference.none(None, {}) is None
+    assert reference.none(train_step.Held({}), {}) is None

@@ -25,7 +25,7 @@ def mesh() -> jax.sharding.Mesh:
 
 @pytest.fixture(scope="module")
 def shapes() -> dict:
-    return initial.decoder_shapes(TINY)
+    return decoder.shapes(TINY)
 
 
 def mesh_shape(axes: config.Mesh, devices: int) -> dict[str, int]:
@@ -146,7 +146,7 @@ def _same(one, other):
 
 def test_factors_of_moments_lie_everywhere_and_whole_moments_with_their_parameters(mesh):
     config_of_large = PRESETS["reviews-1m"]
-    shapes = initial.decoder_shapes(config_of_large)
+    shapes = decoder.shapes(config_of_large)
     state, placed, found = moments("adafactor", mesh, shapes)
     flat = dict(jax.tree_util.tree_leaves_with_path(found))
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in flat.items()}

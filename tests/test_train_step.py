@@ -18,7 +18,7 @@ from dpo_jax.data import pack
 VOCABULARY = 11
 
 
-def score(params: dict, batch: dict) -> dict[str, logps.Logps]:
+def score(params: dict, held: train_step.Held, batch: dict) -> dict[str, logps.Logps]:
     """log p(target | the token before) from a table of logits [V, V]."""
     previous = jnp.take_along_axis(batch["tokens"], batch["source"], axis=1)
     table = jax.nn.log_softmax(params["table"], axis=-1)
@@ -45,6 +45,7 @@ def draw_table(seed: int) -> dict:
 
 # seeds for which KTO's KL is positive
 POLICY, ANCHOR = draw_table(1), draw_table(0)
+HELD = train_step.Held({}, ANCHOR)
 BETA = {"beta": jnp.float32(0.3)}
 
 
@@ -80,7 +81,7 @@ def jitted(accumulation: str, loss: Any):
 
 
 def gradient_of(accumulation: str, loss, batch) -> tuple[np.ndarray, train_step.Sums]:
-    gradient, sums = jitted(accumulation, loss)(state_of(POLICY), ANCHOR, batch, BETA)
+    gradient, sums = jitted(accumulation, loss)(state_of(POLICY), HELD, batch, BETA)
     return np.asarray(gradient["table"]), jax.device_get(sums)
 
 
@@ -213,7 +214,7 @@ def numbers(beta: float, learning_rate: float) -> dict:
 def test_a_step_moves_the_parameters_by_rate_times_schedule_times_gradient(pairs):
     step, state = make_step(schedule=lambda done: 0.5 + jnp.float32(done))
     loss, slope, deviation = dpo_by_numpy(pairs, 0.3)
-    moved, metrics = step(state, ANCHOR, pairs, numbers(0.3, 0.2))
+    moved, metrics = step(state, HELD, pairs, numbers(0.3, 0.2))
     assert int(moved.step) == 1
     difference = np.asarray(moved.params["table"], np.float64) - np.asarray(
         POLICY["table"], np.float64
@@ -224,7 +225,7 @@ def test_a_step_moves_the_parameters_by_rate_times_schedule_times_gradient(pairs
     assert metrics["grad_norm"] == pytest.approx(np.sqrt((slope**2).sum()), rel=2e-6)
     assert metrics["loss"] == pytest.approx(loss, rel=2e-6)
     assert metrics["deviation"] == pytest.approx(deviation, rel=2e-6)
-    _, second = step(moved, ANCHOR, pairs, numbers(0.3, 0.2))
+    _, second = step(moved, HELD, pairs, numbers(0.3, 0.2))
     assert second["learning_rate"] == pytest.approx(0.3)
     assert second["loss"] < metrics["loss"]
 
@@ -233,7 +234,7 @@ def test_the_logged_norm_is_that_before_clipping(pairs):
     _, slope, _ = dpo_by_numpy(pairs, 0.3)
     norm = np.sqrt((slope**2).sum())
     step, state = make_step(clip=norm / 2)
-    moved, metrics = step(state, ANCHOR, pairs, numbers(0.3, 1.0))
+    moved, metrics = step(state, HELD, pairs, numbers(0.3, 1.0))
     assert metrics["grad_norm"] == pytest.approx(norm, rel=2e-6)
     difference = np.asarray(moved.params["table"]) - np.asarray(POLICY["table"])
     assert np.sqrt((difference**2).sum()) == pytest.approx(norm / 2, rel=1e-5)
@@ -243,7 +244,7 @@ def test_without_a_reference_there_is_no_deviation_and_the_reference_is_none(pai
     given = train_step.Scoring(score, reference.none, contract.with_state(losses.orpo))
     for accumulation in ("microbatched 2", "two_pass 2"):
         run = jax.jit(functools.partial(ACCUMULATIONS[accumulation], given))
-        _, sums = run(state_of(POLICY), None, pairs, {"lam": jnp.float32(0.1)})
+        _, sums = run(state_of(POLICY), train_step.Held({}), pairs, {"lam": jnp.float32(0.1)})
         assert np.isnan(sums.deviation)
         assert sums.metrics["loss"][1] == 23
 
@@ -251,13 +252,13 @@ def test_without_a_reference_there_is_no_deviation_and_the_reference_is_none(pai
 def test_other_numbers_and_another_reference_compile_nothing_anew_and_change_the_step(pairs):
     step, state = make_step()
     results = [
-        step(state, ANCHOR, pairs, numbers(beta, rate))
+        step(state, HELD, pairs, numbers(beta, rate))
         for beta, rate in ((0.1, 0.1), (0.9, 0.1), (0.1, 0.7))
     ]
     assert step._cache_size() == 1
     assert len({float(metrics["loss"]) for _, metrics in results}) == 2
     assert len({np.asarray(moved.params["table"]).tobytes() for moved, _ in results}) == 3
-    _, metrics = step(state, POLICY, pairs, numbers(0.3, 1.0))
+    _, metrics = step(state, train_step.Held({}, POLICY), pairs, numbers(0.3, 1.0))
     assert metrics["deviation"] == 0
     assert metrics["loss"] == pytest.approx(np.log(2), rel=1e-6)
     assert step._cache_size() == 1
@@ -265,7 +266,8 @@ def test_other_numbers_and_another_reference_compile_nothing_anew_and_change_the
 
 def test_no_gradient_reaches_the_reference(pairs):
     def loss(anchor):
-        sums = train_step.evaluate(scoring(losses.dpo), POLICY, (), anchor, BETA, pairs)
+        held = train_step.Held({}, anchor)
+        sums = train_step.evaluate(scoring(losses.dpo), POLICY, (), held, BETA, pairs)
         return sums.metrics["loss"][0]
 
     assert not np.asarray(jax.jit(jax.grad(loss))(ANCHOR)["table"]).any()

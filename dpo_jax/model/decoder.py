@@ -70,11 +70,12 @@ class Decoder(nn.Module):
         ids: attention.Ids,
         cache: Cache | None = None,
         at: jax.Array | int = 0,
+        dropout: layers.Dropout | None = None,
     ) -> Any:
         """Hidden states [B, L, D] of tokens [B, L] after the final norm; with a cache, it too.
 
         The keys of the L tokens are written to the cache's slots from `at` (int32 scalar) on, and
-        queries see the slots that their ids allow, wherever those lie.
+        queries see the slots that their ids allow, wherever those lie. `dropout` is of adapters.
         """
         declare_head(self)
         hidden = embed(self, tokens, jnp.asarray(ids.position))
@@ -87,7 +88,8 @@ class Decoder(nn.Module):
                 )
             )
             layer_cache = cache.key, cache.value
-        hidden, layer_cache = run_layers(self, (hidden, layer_cache), ids, key_ids, at)
+        places = layers.Places(None, ids, key_ids, 0, at, dropout)
+        hidden, layer_cache = run_layers(self, (hidden, layer_cache), places)
         hidden = layers.Norm(self.config, self.dtype, name="norm")(hidden)
         if layer_cache is None:
             return hidden
@@ -124,14 +126,14 @@ def embed(decoder: Decoder, tokens: jax.Array, position: jax.Array) -> jax.Array
     return hidden
 
 
-def run_layers(decoder: Decoder, carry: tuple, ids, key_ids, at) -> tuple:
+def run_layers(decoder: Decoder, carry: tuple, places: layers.Places) -> tuple:
     """The carry, hidden [B, L, D] and the cache of all layers, after every layer.
 
     A block is compiled once and scanned over. A carry, and no input and output of each layer, is
     written in place.
     """
     config = decoder.config
-    position = jnp.asarray(ids.position)
+    position = jnp.asarray(places.query_ids.position)
     rotations = {
         kind.rope: rope.make_rotation(position, kind.rope, config.head_dim)
         for kind in config.block
@@ -142,9 +144,8 @@ def run_layers(decoder: Decoder, carry: tuple, ids, key_ids, at) -> tuple:
         hidden, cache = carry
         rotation = None if kind.rope is None else rotations[kind.rope]
         module = layers.Layer(config, kind, decoder.dtype, parent=None)
-        result: Any = module.apply(
-            {"params": params}, hidden, rotation, ids, key_ids, cache, (layer, at)
-        )
+        own = places._replace(rotation=rotation, layer=layer)
+        result: Any = module.apply({"params": params}, hidden, cache, own)
         return result
 
     def run_block(carry: tuple, inputs: tuple) -> tuple:
@@ -160,17 +161,25 @@ def run_layers(decoder: Decoder, carry: tuple, ids, key_ids, at) -> tuple:
     # A scan's forward and backward bodies are apart, so that XLA cannot undo the recomputation; a
     # scan of one step is none.
     inside = rematerialise(run, decoder.remat, prevent_cse=blocks == 1)
-    params = decoder.param("layers", init_layers, config, config.scanned)
+    params = stack(decoder, "layers", config.scanned)
     if size > 1:
         params = jax.tree.map(lambda leaf: leaf.reshape(blocks, size, *leaf.shape[1:]), params)
     carry, _ = jax.lax.scan(run_block, carry, (params, jnp.arange(0, config.scanned, size)))
     count = config.layers - config.scanned
     if count:
         outside = rematerialise(run, decoder.remat, prevent_cse=True)
-        rest = unstack(decoder.param("remainder", init_layers, config, count), count)
+        rest = unstack(stack(decoder, "remainder", count), count)
         for i, (kind, layer) in enumerate(zip(config.block, rest, strict=False)):
             carry = outside(kind, carry, layer, config.scanned + i)
     return carry
+
+
+def stack(decoder: Decoder, name: str, count: int) -> dict:
+    """The parameters of a stack of layers, new ones where there are none yet."""
+    # taken as they are: `param` would compare them, adapters and int8 scales too, with new ones
+    if decoder.has_variable("params", name):
+        return decoder.get_variable("params", name)
+    return decoder.param(name, init_layers, decoder.config, count)
 
 
 def unstack(params: dict, count: int) -> list[dict]:
@@ -197,7 +206,7 @@ def init_layers(key: jax.Array, config: DecoderConfig, count: int) -> dict:
     layer = layers.Layer(config, Kind(rope=None), jnp.float32, parent=None)
 
     def init_one(key: jax.Array) -> dict:
-        return dict(layer.init(key, hidden, None, ids, ids, None, (0, 0))["params"])
+        return dict(layer.init(key, hidden, None, layers.Places(None, ids, ids, 0, 0))["params"])
 
     return jax.vmap(init_one)(jax.random.split(key, count))
 
@@ -243,7 +252,8 @@ def logical_axes(params: dict) -> dict:
     """
 
     def name_axes(path: tuple, leaf: Any) -> tuple[str, ...]:
-        keys = tuple(entry.key for entry in path)
+        # quantised values and their scales lie below the name of their parameter
+        keys = tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
         axes = LOGICAL_AXES.get(keys)
         if axes is None or len(axes) != len(leaf.shape):
             raise ValueError(

@@ -1,21 +1,22 @@
 """One layer of the decoder: norms, attention, MLP or experts.
 
 Dimensions: B rows, L tokens, T slots of the cache, D width, H heads, K key and value heads, Dh
-dimensions a head, F units of the MLP, E experts, C of them a token.
+dimensions a head, F units of the MLP, E experts, C of them a token, R rank of an adapter.
 """
 
 import math
-from typing import Any
+import zlib
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dpo_jax.model import attention, rope
+from dpo_jax.model import attention, products, rope
 from dpo_jax.model.config import DecoderConfig, Kind
 
-# Logical axes of every parameter of a layer, by path, without the layer's own.
-AXES: dict[tuple[str, ...], tuple[str, ...]] = {
+# Logical axes of every parameter of a layer but its adapters', by path, without the layer's own.
+PLAIN_AXES: dict[tuple[str, ...], tuple[str, ...]] = {
     **{
         (norm, leaf): ("width",)
         for norm in ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm")
@@ -45,6 +46,28 @@ AXES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("experts", "down"): ("experts", "hidden", "width"),
 }
 
+# linear maps with two axes of inputs; all others have one
+TWO_INPUTS = ("output",)
+
+
+def adapter_axes() -> dict[tuple[str, ...], tuple[str, ...]]:
+    """Logical axes of the two matrices of an adapter of each linear map."""
+    found = {}
+    for path, axes in PLAIN_AXES.items():
+        if path[-1] == "kernel":
+            inputs = input_axes(path[-2])
+            found[*path[:-1], "lora_a"] = *axes[:inputs], "rank"
+            found[*path[:-1], "lora_b"] = "rank", *axes[inputs:]
+    return found
+
+
+def input_axes(name: str) -> int:
+    """How many leading axes of a linear map's kernel are its inputs."""
+    return 2 if name in TWO_INPUTS else 1
+
+
+AXES = {**PLAIN_AXES, **adapter_axes()}
+
 ACTIVATIONS = {
     "silu": nn.silu,
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -53,6 +76,26 @@ ACTIVATIONS = {
 }
 
 ONTO_RESIDUAL = ("output", "down")
+
+
+class Dropout(NamedTuple):
+    """What an adapter's dropout is drawn from."""
+
+    keys: jax.Array  # keys [B], one a row, of the step
+    rate: jax.Array | float
+
+
+class Places(NamedTuple):
+    """Where the tokens of a layer stand, and the layer in the model."""
+
+    rotation: rope.Rotation | None
+    query_ids: attention.Ids
+    key_ids: attention.Ids
+    layer: jax.Array | int
+    # slot of the cache that the first token's key is written to
+    slot: jax.Array | int
+    # None: nothing is dropped
+    dropout: Dropout | None = None
 
 
 class Norm(nn.Module):
@@ -90,35 +133,35 @@ class Attention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, hidden, rotation: rope.Rotation | None, query_ids, key_ids, cache, at):
-        """hidden: [B, L, D]; cache: key and value [layers, B, T, K, Dh], or None; at: layer and
-        slot, int32 scalars.
-        """
+    def __call__(self, hidden: jax.Array, cache, places: Places):
+        """hidden: [B, L, D]; cache: key and value [layers, B, T, K, Dh], or None."""
         config = self.config
         bias = config.attention_bias
         of_keys = config.key_value_heads, config.head_dim
-        query = dense(self, "query", (config.heads, config.head_dim), bias)(hidden)  # [B, L, H, Dh]
-        key = dense(self, "key", of_keys, bias)(hidden)
-        value = dense(self, "value", of_keys, bias)(hidden)
+        read = hidden, places.dropout
+        query = linear(self, "query", (config.heads, config.head_dim), bias)(*read)  # [B, L, H, Dh]
+        key = linear(self, "key", of_keys, bias)(*read)
+        value = linear(self, "value", of_keys, bias)(*read)
         query, key = self.normalise("query", query), self.normalise("key", key)
-        if rotation is not None:
-            query, key = rope.rotate(query, rotation), rope.rotate(key, rotation)
+        if places.rotation is not None:
+            query, key = (rope.rotate(heads, places.rotation) for heads in (query, key))
         if cache is not None:
-            cache = write(cache[0], key, *at), write(cache[1], value, *at)
+            cache = write(cache[0], key, places), write(cache[1], value, places)
             key, value = (
-                jax.lax.dynamic_index_in_dim(whole, at[0], keepdims=False) for whole in cache
+                jax.lax.dynamic_index_in_dim(whole, places.layer, keepdims=False) for whole in cache
             )
         mixed = attention.attend(
             query,
             key.astype(self.dtype),
             value.astype(self.dtype),
-            query_ids,
-            key_ids,
+            places.query_ids,
+            places.key_ids,
             scale=(config.query_scalar or config.head_dim) ** -0.5,
             window=self.kind.window,
             cap=config.attention_cap,
         )
-        return dense(self, "output", config.width, config.output_bias, inputs=2)(mixed), cache
+        output = linear(self, "output", (config.width,), config.output_bias)
+        return output(mixed, places.dropout), cache
 
     def normalise(self, name: str, heads: jax.Array) -> jax.Array:
         """Queries or keys [B, L, H, Dh] under their norm, if they have one."""
@@ -138,16 +181,17 @@ class Mlp(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, hidden: jax.Array) -> jax.Array:
+    def __call__(self, hidden: jax.Array, dropout: Dropout | None) -> jax.Array:
         """hidden: [B, L, D]."""
         config = self.config
-        activate = ACTIVATIONS[config.activation]
-        units = dense(self, "up", config.hidden, config.mlp_bias)(hidden)  # [B, L, F]
+        activate, bias = ACTIVATIONS[config.activation], config.mlp_bias
+        units = linear(self, "up", (config.hidden,), bias)(hidden, dropout)  # [B, L, F]
         if config.gated:
-            units = activate(dense(self, "gate", config.hidden, config.mlp_bias)(hidden)) * units
+            gate = linear(self, "gate", (config.hidden,), bias)(hidden, dropout)
+            units = activate(gate) * units
         else:
             units = activate(units)
-        return dense(self, "down", config.width, config.mlp_bias)(units)
+        return linear(self, "down", (config.width,), bias)(units, dropout)
 
 
 class Mixture(nn.Module):
@@ -175,8 +219,8 @@ class Mixture(nn.Module):
         sizes = jnp.bincount(expert.reshape(-1), length=count).astype(jnp.int32)
         routed = tokens[order // chosen]  # [B L C, D]
 
-        def multiply(rows: jax.Array, matrices: jax.Array) -> jax.Array:
-            return jax.lax.ragged_dot(rows, matrices.astype(self.dtype), sizes)
+        def multiply(rows: jax.Array, matrices: Any) -> jax.Array:
+            return products.ragged_product(rows, matrices, sizes)
 
         activated = ACTIVATIONS[self.config.activation](multiply(routed, gate))
         given = multiply(activated * multiply(routed, up), down)
@@ -206,13 +250,16 @@ class Layer(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, hidden, rotation: rope.Rotation | None, query_ids, key_ids, cache, at):
+    def __call__(self, hidden: jax.Array, cache, places: Places):
         """The residual stream [B, L, D] and the cache of all layers after this one."""
+        if places.dropout is not None:
+            keys = jax.vmap(lambda key: jax.random.fold_in(key, places.layer))(places.dropout.keys)
+            places = places._replace(dropout=places.dropout._replace(keys=keys))
         before = self.config.norm_placement != "post"
         after = self.config.norm_placement != "pre"
         read = self.norm("attention_norm", hidden, before)
         mixed, cache = Attention(self.config, self.kind, self.dtype, name="attention")(
-            read, rotation, query_ids, key_ids, cache, at
+            read, cache, places
         )
         mixed = self.norm("attention_post_norm", mixed, after)
         if self.config.residual == "serial":
@@ -220,7 +267,7 @@ class Layer(nn.Module):
         if self.config.residual != "parallel_one_norm":
             read = self.norm("mlp_norm", hidden, before)
         if self.config.experts is None:
-            given = Mlp(self.config, self.dtype, name="mlp")(read)
+            given = Mlp(self.config, self.dtype, name="mlp")(read, places.dropout)
         else:
             given = Mixture(self.config, self.dtype, name="experts")(read)
         given = self.norm("mlp_post_norm", given, after)
@@ -231,9 +278,55 @@ class Layer(nn.Module):
         return Norm(self.config, self.dtype, name=name)(hidden) if there else hidden
 
 
-def write(cache: jax.Array, new: jax.Array, layer: jax.Array, at: jax.Array) -> jax.Array:
-    """The cache [layers, B, T, K, Dh] with new [B, L, K, Dh] in a layer's slots from `at` on."""
-    return jax.lax.dynamic_update_slice(cache, new[None].astype(cache.dtype), (layer, 0, at, 0, 0))
+class Linear(nn.Module):
+    """A linear map of the last axes, and its adapter where the parameters have one."""
+
+    features: tuple[int, ...]
+    bias: bool
+    dtype: Any
+    # of the initial weights
+    deviation: float
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array, dropout: Dropout | None) -> jax.Array:
+        """hidden: [B, L, inputs] or [B, L, H, Dh] -> [B, L, *features]."""
+        inputs = input_axes(str(self.name))
+        shape = *hidden.shape[-inputs:], *self.features
+        kernel = self.param("kernel", nn.initializers.normal(self.deviation), shape)
+        hidden = hidden.astype(self.dtype)
+        mapped = products.product(hidden, kernel, inputs)
+        if self.bias:
+            bias = self.param("bias", nn.initializers.zeros, self.features)
+            mapped = mapped + bias.astype(self.dtype).reshape((1, 1, *self.features))
+        if self.has_variable("params", "lora_a"):
+            mapped = mapped + self.adapt(hidden, inputs, dropout)
+        return mapped
+
+    def adapt(self, hidden: jax.Array, inputs: int, dropout: Dropout | None) -> jax.Array:
+        """What the adapter adds; `lora.join` has put its scale into lora_b."""
+        if dropout is not None:
+            hidden = drop(hidden, dropout, str(self.name))
+        down, up = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
+        return products.product(products.product(hidden, down, inputs), up, 1)
+
+
+def drop(hidden: jax.Array, dropout: Dropout, name: str) -> jax.Array:
+    """hidden [B, ...] with a share of its numbers 0 and the rest scaled up, drawn by row."""
+    number = zlib.crc32(name.encode())
+
+    def draw(key: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(key, number)
+        return jax.random.bernoulli(key, 1.0 - dropout.rate, hidden.shape[1:])
+
+    kept = jax.vmap(draw)(dropout.keys)
+    scaled = hidden / jnp.asarray(1.0 - dropout.rate, hidden.dtype)
+    return jnp.where(kept, scaled, jnp.zeros_like(hidden))
+
+
+def write(cache: jax.Array, new: jax.Array, places: Places) -> jax.Array:
+    """The cache [layers, B, T, K, Dh] with new [B, L, K, Dh] in the places' layer and slots."""
+    new = new[None].astype(cache.dtype)
+    return jax.lax.dynamic_update_slice(cache, new, (places.layer, 0, places.slot, 0, 0))
 
 
 def deviation(config: DecoderConfig, name: str) -> float:
@@ -241,20 +334,6 @@ def deviation(config: DecoderConfig, name: str) -> float:
     return 0.02 / math.sqrt(2 * config.layers) if name in ONTO_RESIDUAL else 0.02
 
 
-def dense(
-    module: Attention | Mlp,
-    name: str,
-    features: int | tuple[int, ...],
-    bias: bool,
-    *,
-    inputs: int = 1,
-):
-    """A linear map of the last `inputs` axes."""
-    return nn.DenseGeneral(
-        features,
-        axis=tuple(range(-inputs, 0)),
-        use_bias=bias,
-        dtype=module.dtype,
-        kernel_init=nn.initializers.normal(deviation(module.config, name)),
-        name=name,
-    )
+def linear(module: Attention | Mlp, name: str, features: tuple[int, ...], bias: bool) -> Linear:
+    """A linear map of a module."""
+    return Linear(features, bias, module.dtype, deviation(module.config, name), name=name)
