@@ -203,12 +203,12 @@ def make_tensor(row: Row, params: dict[Path, Any], config: DecoderConfig, dtype:
 
 def fetch(leaf: Any, number: tuple[int, ...]) -> np.ndarray:
     """A parameter's part at a place on its leading axes, from the devices if it lies there."""
-    if not number or not isinstance(leaf, jax.Array):
-        return np.asarray(leaf)[number]
+    if not isinstance(leaf, jax.Array):
+        return leaf[number]
     rest = leaf.shape[len(number) :]
-    # Of `leaf[number]` each layer's would be compiled anew.
-    part = jax.lax.dynamic_slice(leaf, (*number, *(0 for _ in rest)), (*(1 for _ in number), *rest))
-    return np.asarray(part).reshape(rest)
+    start, sizes = (*number, *(0 for _ in rest)), (*(1 for _ in number), *rest)
+    # `leaf[number]` would be compiled for each layer, and a whole leaf keeps its copy on the host.
+    return np.asarray(jax.lax.dynamic_slice(leaf, start, sizes)).reshape(rest)
 
 
 def check_dtype(dtype: Any) -> None:
