@@ -67,10 +67,8 @@ def load(source: str, settings: config.Model, seed: int, mesh) -> Initial:
             source, sharding.with_shardings(decoder.shapes(shape), mesh)
         )
         return Initial(make_decoder(shape, settings), params, tokenizer_of(source))
-    shape, params = weights.load(source)
-    return Initial(
-        make_decoder(shape, settings), sharding.place(params, mesh), tokenizer_of(source)
-    )
+    shape, params = weights.load(source, mesh)
+    return Initial(make_decoder(shape, settings), params, tokenizer_of(source))
 
 
 def load_adapted(source: str, settings: config.Model, mesh) -> Initial:
