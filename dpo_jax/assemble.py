@@ -142,7 +142,8 @@ def hold_reference(experiment: config.Experiment, found: inputs.Inputs, anchor):
         return None
     if experiment.reference.update_every is not None:
         return jax.tree.map(jnp.copy, anchor)
-    return frozen.hold(anchor, initial.held_as(experiment.model, found.initial.model.dtype))
+    own = anchor is not found.initial.params
+    return frozen.hold(anchor, initial.held_as(experiment.model), donated=own)
 
 
 def load_reference(experiment: config.Experiment, found: inputs.Inputs, mesh):
@@ -162,7 +163,9 @@ def load_reference(experiment: config.Experiment, found: inputs.Inputs, mesh):
         return {}
     if is_initial(experiment):
         return found.initial.params
-    loaded = initial.load(source, experiment.model, experiment.seed, mesh)
+    # one that follows the policy is a mean of what is trained
+    follows = experiment.reference.update_every is not None
+    loaded = initial.load(source, experiment.model, experiment.seed, mesh, trained=follows)
     loaded = initial.merged(loaded, mesh)
     if loaded.model.config.vocabulary_size != found.initial.model.config.vocabulary_size:
         raise ValueError(

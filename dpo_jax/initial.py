@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dpo_jax import checkpoint, config, paths, reference, sharding
 from dpo_jax.model import config as model_config
@@ -50,9 +51,10 @@ class Adapter(NamedTuple):
     base: str
 
 
-def load(source: str, settings: config.Model, seed: int, mesh) -> Initial:
+def load(source: str, settings: config.Model, seed: int, mesh, *, trained: bool = True) -> Initial:
     """The model of a source on the mesh, as it was trained: a run with an adapter is base and
-    adapter. ValueError says what a source may be.
+    adapter. Where its parameters will not be trained, files are read in the type that they will be
+    held in. ValueError says what a source may be.
     """
     if source in presets.PRESETS:
         shape = presets.PRESETS[source]
@@ -67,7 +69,8 @@ def load(source: str, settings: config.Model, seed: int, mesh) -> Initial:
             source, sharding.with_shardings(decoder.shapes(shape), mesh)
         )
         return Initial(make_decoder(shape, settings), params, tokenizer_of(source))
-    shape, params = weights.load(source, mesh)
+    dtype = np.float32 if trained else np.dtype(read_as(settings))
+    shape, params = weights.load(source, mesh, dtype)
     return Initial(make_decoder(shape, settings), params, tokenizer_of(source))
 
 
@@ -81,7 +84,7 @@ def load_adapted(source: str, settings: config.Model, mesh) -> Initial:
     held = dataclasses.replace(settings, frozen=adapter.held_as)
     try:
         start = prepare(
-            load(adapter.source, held, adapter.seed, mesh),
+            load(adapter.source, held, adapter.seed, mesh, trained=False),
             adapter.lora,
             Origin(adapter.source, held, adapter.seed),
             mesh,
@@ -120,7 +123,8 @@ def prepare(start: Initial, settings: config.Lora, origin: Origin, mesh) -> Init
         base, params, targets = start.base, start.params, start.adapter.targets
     else:
         targets = lora.find_targets(start.model.config, settings.targets)
-        base = frozen.hold(merged(start, mesh).params, held_as(origin.settings, start.model.dtype))
+        whole = merged(start, mesh).params
+        base = frozen.hold(whole, held_as(origin.settings), donated=True)
         params = new_adapter(start.model.config, settings, targets, origin.seed, mesh)
     source = origin.source
     if paths.is_local(source) and os.path.exists(source):
@@ -129,7 +133,7 @@ def prepare(start: Initial, settings: config.Lora, origin: Origin, mesh) -> Init
         settings,
         targets,
         source,
-        held_as(origin.settings, start.model.dtype),
+        held_as(origin.settings),
         origin.seed,
         reference.fingerprint(base),
     )
@@ -191,9 +195,20 @@ def check_same(settings: config.Lora, adapter: Adapter, origin: Origin) -> None:
         )
 
 
-def held_as(settings: config.Model, dtype) -> str:
+def held_as(settings: config.Model) -> str:
     """The type of matrices that are not trained."""
-    return settings.frozen or jnp.dtype(dtype).name
+    return settings.frozen or compute_type(settings)
+
+
+def read_as(settings: config.Model) -> str:
+    """The type in which parameters are read that are not trained."""
+    # the other parameters of a base in int8 are in the compute type
+    return compute_type(settings) if settings.frozen == frozen.INT8 else held_as(settings)
+
+
+def compute_type(settings: config.Model) -> str:
+    """The compute type."""
+    return settings.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
 def tokenizer_of(source: str) -> str | None:
@@ -206,8 +221,7 @@ def tokenizer_of(source: str) -> str | None:
 
 def make_decoder(shape: model_config.DecoderConfig, settings: config.Model) -> decoder.Decoder:
     """The decoder of a shape with the run's compute type and remat policy."""
-    name = settings.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    return decoder.Decoder(shape, dtype=jnp.dtype(name), remat=settings.remat)
+    return decoder.Decoder(shape, dtype=jnp.dtype(compute_type(settings)), remat=settings.remat)
 
 
 def write_model(folder: str, start: Initial) -> None:

@@ -100,7 +100,8 @@ def test_backpropagation_keeps_int8_values_and_no_multiplied_out_ones():
     def temporaries(held_as: str) -> int:
         base = frozen.hold(params, held_as)
         compiled = jax.jit(jax.grad(loss)).lower(adapter, base).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        analysis: Any = compiled.memory_analysis()
+        return analysis.temp_size_in_bytes
 
     # multiplied out, all layers would take 74 MiB; the activations take 17
     assert temporaries("int8") < 1.1 * temporaries("float32")

@@ -13,18 +13,27 @@ INT8 = "int8"
 EXPERTS = ("gate", "up", "down")
 
 
-def hold(params: dict, held_as: str) -> dict:
+def hold(params: dict, held_as: str, *, donated: bool = False) -> dict:
     """A copy of parameters for forward passes only, with the matrices as `held_as` says.
 
     float32 or bfloat16: all matrices; a forward pass in the same type is not changed by it. int8:
     the linear maps of the layers, with a float32 scale for each output; embedding and output matrix
-    stay as they are. Vectors always do, for norms are computed in float32.
+    stay as they are. Vectors always do, for norms are computed in float32. Donated parameters are
+    deleted one by one, so that no second set of them is in memory.
     """
-    return jax.tree_util.tree_map_with_path(functools.partial(hold_one, held_as=held_as), params)
+
+    def one(path: tuple, leaf: jax.Array) -> Any:
+        held = hold_one(path, leaf, held_as)
+        if donated:
+            jax.block_until_ready(held)
+            leaf.delete()
+        return held
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def hold_one(path: tuple, leaf: jax.Array, held_as: str) -> Any:
-    """One parameter as `hold` has it."""
+    """A copy of one parameter as `hold` has it."""
     keys = tuple(entry.key for entry in path)
     inputs = input_axes(keys)
     stacked = keys[0] in ("layers", "remainder")
