@@ -230,7 +230,7 @@ def test_greedy_tokens_after_uneven_prompts_are_those_of_transformers(tried):
         jax.random.key(0),
         select=generate.greedy,
         max_tokens=32,
-        eos_id=tried.config.vocabulary_size,
+        stop_ids=[tried.config.vocabulary_size],
         batch_size=3,
     )
     for prompt, ours in zip(prompts, found, strict=True):
