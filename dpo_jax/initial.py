@@ -8,12 +8,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import checkpoint, config, paths, sharding
+from dpo_jax import checkpoint, config, flags, paths, sharding
 from dpo_jax.model import config as model_config
 from dpo_jax.model import decoder, presets, weights
 
 # files of a run folder that make it a model's folder too
 MODEL, TOKENIZER = "model.json", "tokenizer"
+# the run's experiment; HF folders have a file of that name too
+RECORD = "config.json"
 
 
 class Initial(NamedTuple):
@@ -56,6 +58,23 @@ def tokenizer_of(source: str) -> str | None:
         return None
     is_run = paths.exists(paths.join(source, MODEL))
     return paths.join(source, TOKENIZER) if is_run else source
+
+
+def lineage(source: str) -> list[dict]:
+    """The experiments of a run folder and of the runs that it started from, the latest first; none
+    for another source. They are as config.json has them.
+    """
+    found = []
+    while paths.exists(paths.join(source, MODEL)) and paths.exists(paths.join(source, RECORD)):
+        found.append(flags.read_config(source)["experiment"])
+        source = found[-1]["model"]["source"]
+    return found
+
+
+def origin(source: str) -> str:
+    """The preset or HF model that a run folder started from in the end; another source itself."""
+    runs = lineage(source)
+    return runs[-1]["model"]["source"] if runs else source
 
 
 def make_decoder(shape: model_config.DecoderConfig, settings: config.Model) -> decoder.Decoder:
