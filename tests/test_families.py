@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from dpo_jax import generate
-from dpo_jax.model import decoder, weights
+from dpo_jax.model import decoder, families, weights
 from dpo_jax.model.attention import Ids
 from dpo_jax.model.config import DecoderConfig
 
@@ -168,6 +168,11 @@ def assert_near(found, expected) -> None:
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning")
+
+
+def test_every_family_is_among_those_tried():
+    tried = {model_type for model_type, _ in TINY.values()}
+    assert tried == {family.model_type for family in families.FAMILIES.values()}
 
 
 @pytest.mark.parity
