@@ -41,10 +41,8 @@ def load(source: str, settings: config.Model, seed: int, mesh) -> Initial:
             source, sharding.with_shardings(decoder_shapes(shape), mesh)
         )
         return Initial(make_decoder(shape, settings), params, tokenizer_of(source))
-    shape, params = weights.load(source)
-    return Initial(
-        make_decoder(shape, settings), sharding.place(params, mesh), tokenizer_of(source)
-    )
+    shape, params = weights.load(source, mesh)
+    return Initial(make_decoder(shape, settings), params, tokenizer_of(source))
 
 
 def decoder_shapes(shape: model_config.DecoderConfig):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dpo_jax.model import families, hf_config, weights
+from dpo_jax.model import families, hf_config, hf_files, weights
 from dpo_jax.model.config import Kind, Rope
 from dpo_jax.model.presets import PRESETS
 from tests import tiny
@@ -88,7 +88,7 @@ def test_several_files_load_by_their_index(folder):
     for file, part in parts.items():
         safetensors.numpy.save_file({name: tensors[name] for name in part}, folder / file)
     index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
-    (folder / weights.INDEX).write_text(json.dumps(index))
+    (folder / hf_files.INDEX).write_text(json.dumps(index))
     assert_equal(weights.load(folder)[1], tiny.draw_params(UNTIED))
     (folder / "b.safetensors").unlink()
     with pytest.raises(
@@ -166,7 +166,7 @@ def test_a_hub_name_without_network_is_an_error_at_once(monkeypatch):
         raise OSError("no route")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(weights.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(hf_files.urllib.request, "urlopen", refuse)
     with pytest.raises(ValueError, match=r"'nobody/nothing'.*cannot be reached \(no route\)"):
         weights.load("nobody/nothing")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

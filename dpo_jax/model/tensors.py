@@ -5,7 +5,7 @@ stack of layers (`decoder`'s "layers" and "remainder") is "layers" here.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -199,17 +199,81 @@ def stored_shape(tensor: Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[int
     return (sum(outputs), inputs) if tensor.transposed else (inputs, sum(outputs))
 
 
-def split(
-    stored: np.ndarray, tensor: Tensor, shapes: Sequence[tuple[int, ...]], heads: int
-) -> list[np.ndarray]:
-    """The parameters, of these shapes, that a tensor of the file holds."""
-    inputs, outputs = sizes(tensor, shapes)
+class Layout(NamedTuple):
+    """How parameters of these shapes lie in a tensor of the file."""
+
+    tensor: Tensor
+    # of the parameters, without layer and expert
+    shapes: Sequence[tuple[int, ...]]
+    heads: int
+
+
+class Block(NamedTuple):
+    """A contiguous range of a tensor's inputs and outputs that holds some of a parameter's."""
+
+    inputs: slice
+    outputs: slice
+    # on the parameter's first axis of outputs, counted from where the wanted part starts
+    place: slice
+
+
+def find_blocks(layout: Layout, place: int, index: tuple[slice, ...]) -> list[Block]:
+    """Where the part at `index` (start and stop of each axis) of one of the parameters lies.
+
+    Of inputs and outputs only the first axis is narrowed: others are read whole.
+    """
+    tensor, shapes, heads = layout
+    _, outputs = sizes(tensor, shapes)
     groups = heads if tensor.by_head else 1
-    matrix = stored.T if tensor.inputs and tensor.transposed else stored
-    grouped = matrix.reshape(inputs, groups, sum(outputs) // groups)
-    ends = np.cumsum([size // groups for size in outputs])
-    parts = np.split(grouped, ends[:-1], axis=-1)
-    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+    shape, first = shapes[place], tensor.inputs
+    inputs = slice(0, 1)
+    if tensor.inputs:
+        step = math.prod(shape[1 : tensor.inputs])
+        inputs = slice(index[0].start * step, index[0].stop * step)
+    step, count = math.prod(shape[first + 1 :]), shape[first] // groups
+    width, before = sum(outputs) // groups, sum(outputs[:place]) // groups
+    found = []
+    for group in range(groups):
+        start = max(index[first].start, group * count)
+        stop = min(index[first].stop, (group + 1) * count)
+        if start < stop:
+            # where the parameter would start if all of it lay as this group's part does
+            origin = group * width + before - group * count * step
+            found.append(
+                Block(
+                    inputs,
+                    slice(origin + start * step, origin + stop * step),
+                    slice(start - index[first].start, stop - index[first].start),
+                )
+            )
+    return found
+
+
+def read_part(
+    into: np.ndarray,
+    layout: Layout,
+    place: int,
+    index: tuple[slice, ...],
+    read: Callable[[tuple[slice, ...]], np.ndarray],
+) -> None:
+    """Writes the part at `index` of one of the parameters; `read` gives a slice of the tensor."""
+    tensor, shape = layout.tensor, layout.shapes[place]
+    first = tensor.inputs
+    for block in find_blocks(layout, place, index):
+        if not tensor.inputs:
+            matrix = read((block.outputs,))
+        elif tensor.transposed:
+            matrix = read((block.outputs, block.inputs)).T
+        else:
+            matrix = read((block.inputs, block.outputs))
+        narrowed, wanted = list(shape), list(index)
+        narrowed[first] = block.place.stop - block.place.start
+        if tensor.inputs:
+            narrowed[0] = index[0].stop - index[0].start
+            wanted[0] = slice(None)
+        wanted[first] = slice(None)
+        target = (slice(None),) * first + (block.place,)
+        into[target] = matrix.reshape(narrowed)[tuple(wanted)]
 
 
 def join(parts: Sequence[np.ndarray], tensor: Tensor, heads: int) -> np.ndarray:

@@ -1,40 +1,36 @@
 """Parameter trees read from and written to folders in HF format: config.json and safetensors.
 
-A folder's weights are model.safetensors, or several files that model.safetensors.index.json lists.
+Of the files nothing is read but the slices that a host's devices hold, and those once; host memory
+holds one shard of one parameter at a time. Files are written one after the other from the devices.
 """
 
+import collections
 import functools
-import json
+import math
 import os
 import pathlib
 import re
-import urllib.error
-import urllib.request
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
+import ml_dtypes
 import numpy as np
-import safetensors
 import safetensors.numpy
+from jax.sharding import Mesh, Sharding
 
-from dpo_jax.model import decoder, hf_config, tensors
+from dpo_jax import sharding
+from dpo_jax.model import decoder, hf_config, hf_files, tensors
 from dpo_jax.model.config import DecoderConfig
 from dpo_jax.model.families import FAMILIES
-from dpo_jax.model.presets import PRESETS
 
 # Computed from the config; files of the time of Llama 2 and before hold them too.
 BUFFERS = re.compile(r".*\.(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)")
-FLOATS = {"F32", "F16", "BF16"}
-INDEX = "model.safetensors.index.json"
+DTYPES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
+# rows of embedding and head that are compared at a time
+COMPARED_ROWS = 1024
 
-
-class Stored(NamedTuple):
-    """Where a tensor lies."""
-
-    file: pathlib.Path
-    # the file's own name for it
-    name: str
+Path = tuple[str, ...]
 
 
 class Row(NamedTuple):
@@ -42,61 +38,190 @@ class Row(NamedTuple):
 
     tensor: tensors.Tensor
     # of each parameter in the tree
-    paths: tuple[tuple[str, ...], ...]
+    paths: tuple[Path, ...]
     # of the layer and the expert in the parameter's leading axes
     index: tuple[int, ...]
 
 
-def load(source: str | os.PathLike) -> tuple[DecoderConfig, dict]:
-    """Config and parameters (float32 in host memory) of a folder in HF format or a hub name.
+class Part(NamedTuple):
+    """The part of a parameter that one tensor of the files holds."""
 
-    Raises ValueError that names what is missing, unexpected, unsupported or of the wrong shape.
+    name: str
+    row: Row
+    # of the parameter among those of the tensor
+    place: int
+
+
+class Source(NamedTuple):
+    """Files that hold what a config asks for."""
+
+    config: DecoderConfig
+    reader: hf_files.Reader
+    # of the parameters
+    shapes: dict[Path, tuple[int, ...]]
+    parts: dict[Path, list[Part]]
+
+
+def load(
+    source: str | os.PathLike, mesh: Mesh | None = None, dtype: Any = np.float32
+) -> tuple[DecoderConfig, dict]:
+    """Config and parameters (float32 or bfloat16) of a folder in HF format or a hub name.
+
+    They lie on the mesh as `sharding.parameters` says; without one, in host memory (NumPy). Raises
+    ValueError that names what is missing, unexpected, unsupported or of the wrong shape, before
+    parameters are read.
     """
-    folder = find_folder(str(source))
-    config = hf_config.from_hf(read_json(folder / "config.json"))
-    files = add_prefix(find_tensors(folder), FAMILIES[config.family].prefix)
-    shapes = leaves(decoder.shapes(config))
+    check_dtype(dtype)
+    found = find_source(hf_files.find_folder(str(source)))
+    readers = {
+        path: functools.partial(read_slice, found, path, dtype=dtype) for path in found.shapes
+    }
+    if mesh is None:
+        whole = {path: tuple(slice(0, n) for n in shape) for path, shape in found.shapes.items()}
+        params = {path: read(whole[path]) for path, read in readers.items()}
+    else:
+        placed = leaves(sharding.parameters(decoder.shapes(found.config), mesh))
+        params = {
+            path: make_array(found.shapes[path], placed[path], read)
+            for path, read in readers.items()
+        }
+    return found.config, nest(params)
+
+
+def find_source(folder: pathlib.Path) -> Source:
+    """The files of a folder; ValueError unless they hold exactly what its config.json asks for."""
+    config = hf_config.from_hf(hf_files.read_json(folder / hf_files.CONFIG))
+    files = hf_files.find_tensors(folder)
+    files = hf_files.add_prefix(files, FAMILIES[config.family].prefix)
+    shapes = {path: leaf.shape for path, leaf in leaves(decoder.shapes(config)).items()}
     rows = find_rows(config, shapes)
     check_names(set(rows), set(files), config, folder)
-    reader = Reader(files)
-    found = {path: np.empty(shape.shape, np.float32) for path, shape in shapes.items()}
+    reader = hf_files.Reader(files)
+    parts = collections.defaultdict(list)
     for name, row in rows.items():
-        parts = [found[path][row.index] for path in row.paths]
-        part_shapes = [part.shape for part in parts]
-        stored = reader.read(name, tensors.stored_shape(row.tensor, part_shapes))
-        for part, value in zip(
-            parts, tensors.split(stored, row.tensor, part_shapes, config.heads), strict=True
-        ):
-            part[...] = value
-    check_tied(config, files, reader, found[("embedding",)])
-    return config, nest(found)
+        reader.check(name, tensors.stored_shape(row.tensor, part_shapes(row, shapes)))
+        for place, path in enumerate(row.paths):
+            parts[path].append(Part(name, row, place))
+    check_tied(config, reader, parts[("embedding",)][0].name, shapes[("embedding",)])
+    return Source(config, reader, shapes, dict(parts))
 
 
-def save(path: str | os.PathLike, config: DecoderConfig, params: dict) -> None:
-    """Writes config.json and model.safetensors, for HF's `from_pretrained`, into a folder."""
-    text = json.dumps(hf_config.to_hf(config), indent=2)
-    folder = pathlib.Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    found = {path: np.asarray(leaf) for path, leaf in leaves(params).items()}
-    # transformers refuses files without the format.
-    safetensors.numpy.save_file(
-        {
-            name: tensors.join([found[p][row.index] for p in row.paths], row.tensor, config.heads)
-            for name, row in find_rows(config, found).items()
-        },
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
+def part_shapes(row: Row, shapes: dict[Path, tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The shapes of the parts of the parameters that a tensor holds."""
+    return [shapes[path][len(row.index) :] for path in row.paths]
+
+
+def read_slice(source: Source, path: Path, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
+    """The slice of a parameter at `index`, a start and a stop for each axis."""
+    found = np.empty([bounds.stop - bounds.start for bounds in index], dtype)
+    for name, row, place in source.parts[path]:
+        # A layer's (and an expert's) number is its place on the parameter's leading axes.
+        leading, rest = index[: len(row.index)], index[len(row.index) :]
+        numbers = zip(row.index, leading, strict=True)
+        at = tuple(number - bounds.start for number, bounds in numbers)
+        if all(0 <= number < size for number, size in zip(at, found.shape, strict=False)):
+            shapes = part_shapes(row, source.shapes)
+            layout = tensors.Layout(row.tensor, shapes, source.config.heads)
+            read = functools.partial(source.reader.read, name)
+            tensors.read_part(found[at], layout, place, rest, read)
+    return found
+
+
+def make_array(
+    shape: tuple[int, ...], placed: Sharding, read: Callable[[tuple[slice, ...]], np.ndarray]
+) -> jax.Array:
+    """The array of this sharding whose slices `read(index)` gives, each read once.
+
+    `jax.make_array_from_callback` would hold all of this host's slices at a time, and read those
+    of several devices again for each.
+    """
+    devices = collections.defaultdict(list)
+    for device, index in placed.addressable_devices_indices_map(shape).items():
+        bounds = zip(index or (), shape, strict=True)
+        devices[tuple(part.indices(size)[:2] for part, size in bounds)].append(device)
+    shards: list[jax.Array] = []
+    for bounds, holders in devices.items():
+        value = read(tuple(slice(start, stop) for start, stop in bounds))
+        shards += [jax.device_put(value, device) for device in holders]
+        # The next slice is not read before this one has left host memory.
+        jax.block_until_ready(shards)
+    return jax.make_array_from_single_device_arrays(shape, placed, shards)
+
+
+def save(
+    path: str | os.PathLike,
+    config: DecoderConfig,
+    params: dict,
+    dtype: Any = np.float32,
+    max_file_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a model for HF's `from_pretrained` into a folder, in place of one that is there.
+
+    Tensors are float32 or bfloat16, at most max_file_bytes of them a file (a larger one has a file
+    of its own). config.json is written last: without it no folder is taken for a model.
+    """
+    import huggingface_hub
+
+    check_dtype(dtype)
+    values = {**hf_config.to_hf(config), "torch_dtype": np.dtype(dtype).name}
+    found = leaves(params)
+    rows = find_rows(config, found)
+    shapes = {path: leaf.shape for path, leaf in found.items()}
+    counts = {
+        name: math.prod(tensors.stored_shape(row.tensor, part_shapes(row, shapes)))
+        for name, row in rows.items()
+    }
+    plan = huggingface_hub.split_state_dict_into_shards_factory(
+        counts,
+        get_storage_size=lambda count: count * np.dtype(dtype).itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_file_bytes,
     )
-    (folder / "config.json").write_text(text + "\n")
+    folder = pathlib.Path(path)
+    hf_files.clear(folder)
+    for file, names in plan.filename_to_tensors.items():
+        # transformers refuses files without the format.
+        safetensors.numpy.save_file(
+            {name: make_tensor(rows[name], found, config, dtype) for name in names},
+            folder / file,
+            metadata={"format": "pt"},
+        )
+    if plan.is_sharded:
+        metadata = {"total_parameters": sum(counts.values()), **plan.metadata}
+        index = {"metadata": metadata, "weight_map": plan.tensor_to_filename}
+        hf_files.write_json(folder / hf_files.INDEX, index, sort_keys=True)
+    hf_files.write_json(folder / hf_files.CONFIG, values)
 
 
-def leaves(params: dict) -> dict[tuple[str, ...], Any]:
+def make_tensor(row: Row, params: dict[Path, Any], config: DecoderConfig, dtype: Any) -> np.ndarray:
+    """A tensor of the files, in host memory."""
+    parts = [fetch(params[path], row.index).astype(dtype, copy=False) for path in row.paths]
+    return tensors.join(parts, row.tensor, config.heads)
+
+
+def fetch(leaf: Any, number: tuple[int, ...]) -> np.ndarray:
+    """A parameter's part at a place on its leading axes, from the devices if it lies there."""
+    if not number or not isinstance(leaf, jax.Array):
+        return np.asarray(leaf)[number]
+    rest = leaf.shape[len(number) :]
+    # Of `leaf[number]` each layer's would be compiled anew.
+    part = jax.lax.dynamic_slice(leaf, (*number, *(0 for _ in rest)), (*(1 for _ in number), *rest))
+    return np.asarray(part).reshape(rest)
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raises ValueError unless parameters may have this type."""
+    if np.dtype(dtype) not in DTYPES:
+        raise ValueError(f"dtype is {np.dtype(dtype)}; it must be float32 or bfloat16")
+
+
+def leaves(params: dict) -> dict[Path, Any]:
     """The leaves of a tree by path."""
     pairs = jax.tree_util.tree_leaves_with_path(params)
     return {tuple(entry.key for entry in path): leaf for path, leaf in pairs}
 
 
-def nest(found: dict[tuple[str, ...], Any]) -> dict:
+def nest(found: dict[Path, Any]) -> dict:
     """The tree of leaves by path."""
     tree: dict = {}
     for path, leaf in found.items():
@@ -105,7 +230,7 @@ def nest(found: dict[tuple[str, ...], Any]) -> dict:
     return tree
 
 
-def find_rows(config: DecoderConfig, present: Collection[tuple[str, ...]]) -> dict[str, Row]:
+def find_rows(config: DecoderConfig, present: Collection[Path]) -> dict[str, Row]:
     """What each tensor of the files holds, by its name, of a tree with these paths."""
     experts = config.experts.count if config.experts else 0
     found = {}
@@ -134,32 +259,6 @@ def make_row(tensor: tensors.Tensor, number: tuple[int, ...], config: DecoderCon
     return Row(tensor, tuple(paths), number)
 
 
-class Reader:
-    """Reads tensors one at a time from files that it keeps open."""
-
-    def __init__(self, files: dict[str, Stored]):
-        self.files = files
-        self.open: dict[pathlib.Path, Any] = {}
-
-    def read(self, name: str, expected: tuple[int, ...]) -> np.ndarray:
-        """A tensor as float32; ValueError where its shape is not the expected one."""
-        file, name = self.files[name]
-        if file not in self.open:
-            self.open[file] = safetensors.safe_open(file, framework="numpy")
-        stored = self.open[file].get_slice(name)
-        if tuple(stored.get_shape()) != expected:
-            raise ValueError(
-                f"tensor {name} in {file} has shape {tuple(stored.get_shape())}; "
-                f"config.json makes it {expected}"
-            )
-        if stored.get_dtype() not in FLOATS:
-            raise ValueError(
-                f"tensor {name} in {file} is {stored.get_dtype()}; supported: "
-                f"{', '.join(sorted(FLOATS))}"
-            )
-        return self.open[file].get_tensor(name).astype(np.float32)
-
-
 def head_name(config: DecoderConfig) -> str:
     """The name of the output matrix in the files of a config's family."""
     names = FAMILIES[config.family].names
@@ -186,95 +285,18 @@ def shorten(names: list[str]) -> str:
 
 
 def check_tied(
-    config: DecoderConfig, files: dict[str, Stored], reader: Reader, embedding: np.ndarray
+    config: DecoderConfig, reader: hf_files.Reader, embedding: str, shape: tuple[int, ...]
 ) -> None:
     """Raises ValueError where a tied head is stored too and is not the embedding."""
     name = head_name(config)
-    if config.tied_head and name in files:
-        if not np.array_equal(reader.read(name, embedding.shape), embedding):
+    if not config.tied_head or name not in reader.files:
+        return
+    reader.check(name, shape)
+    for start in range(0, shape[0], COMPARED_ROWS):
+        rows = (slice(start, min(start + COMPARED_ROWS, shape[0])), slice(0, shape[1]))
+        head, tied = (reader.read(one, rows).astype(np.float32) for one in (name, embedding))
+        if not np.array_equal(head, tied):
             raise ValueError(
-                f"{files[name].file} has an {name} that differs from the embedding, "
+                f"{reader.files[name].file} has an {name} that differs from the embedding, "
                 f"though config.json says tie_word_embeddings; set that to false to use it"
             )
-
-
-def add_prefix(files: dict[str, Stored], prefix: str) -> dict[str, Stored]:
-    """The tensors under the names that they have in a model with its head, which files of a model
-    without one leave the prefix out of.
-    """
-    if any(name.startswith(prefix) for name in files):
-        return files
-    return {prefix + name: stored for name, stored in files.items()}
-
-
-def find_tensors(folder: pathlib.Path) -> dict[str, Stored]:
-    """Where each tensor of a folder lies."""
-    if (folder / INDEX).exists():
-        index = read_json(folder / INDEX)["weight_map"]
-        for file in sorted(set(index.values())):
-            if not (folder / file).exists():
-                raise ValueError(f"{folder / file} is missing, and {INDEX} lists it")
-        return {name: Stored(folder / file, name) for name, file in index.items()}
-    file = folder / "model.safetensors"
-    if not file.exists():
-        raise ValueError(f"{folder} has neither model.safetensors nor {INDEX}")
-    with safetensors.safe_open(file, framework="numpy") as opened:
-        return {name: Stored(file, name) for name in opened.keys()}
-
-
-def read_json(file: pathlib.Path) -> dict:
-    """The object in a JSON file; ValueError names the file where there is none."""
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{file} is missing; the folder must be in HF format") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-
-
-def find_folder(source: str) -> pathlib.Path:
-    """The local folder that a path or hub name means."""
-    folder = pathlib.Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith("."):
-        return download(source)
-    raise ValueError(
-        f"there is no folder {source!r} to read a model from; give a folder in HF format, a hub "
-        f"name (owner/name), or one of the presets: {', '.join(PRESETS)}"
-    )
-
-
-def download(name: str) -> pathlib.Path:
-    """The folder of a hub model: the local cache's, or else downloaded into it."""
-    import huggingface_hub
-    from huggingface_hub import constants, errors
-
-    fetch = functools.partial(
-        huggingface_hub.snapshot_download,
-        name,
-        allow_patterns=["config.json", "model*.safetensors", INDEX],
-    )
-    try:
-        folder = pathlib.Path(fetch(local_files_only=True))
-        if (folder / "config.json").exists() and any(folder.glob("model*.safetensors")):
-            return folder
-    except errors.LocalEntryNotFoundError:
-        pass
-    missing = (
-        f"there is no folder {name!r}, it is none of the presets ({', '.join(PRESETS)}), and the "
-        f"hub's model of that name is not in the local cache"
-    )
-    if constants.HF_HUB_OFFLINE:
-        raise ValueError(f"{missing}; HF_HUB_OFFLINE forbids to fetch it")
-    # The client itself would retry for tens of seconds where there is no network.
-    try:
-        urllib.request.urlopen(constants.ENDPOINT, timeout=3).close()
-    except urllib.error.HTTPError:
-        pass
-    except OSError as error:
-        raise ValueError(f"{missing}; {constants.ENDPOINT} cannot be reached ({error})") from None
-    try:
-        return pathlib.Path(fetch())
-    except errors.HfHubHTTPError as error:
-        raise ValueError(f"{missing}; the hub says: {error}") from None
