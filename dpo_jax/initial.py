@@ -26,6 +26,8 @@ class Initial(NamedTuple):
     params: dict
     # where its tokenizer lies; None for a preset
     tokenizer: str | None
+    # of the checkpoint that it is read from; None where the source is no run folder
+    step: int | None = None
 
 
 def load(source: str, settings: config.Model, seed: int, mesh) -> Initial:
@@ -37,10 +39,10 @@ def load(source: str, settings: config.Model, seed: int, mesh) -> Initial:
         return Initial(make_decoder(shape, settings), make(jax.random.key(seed)), None)
     if paths.exists(paths.join(source, MODEL)):
         shape = read_shape(source)
-        _, params = checkpoint.load_params(
+        step, params = checkpoint.load_params(
             source, sharding.with_shardings(decoder_shapes(shape), mesh)
         )
-        return Initial(make_decoder(shape, settings), params, tokenizer_of(source))
+        return Initial(make_decoder(shape, settings), params, tokenizer_of(source), step)
     shape, params = weights.load(source, mesh)
     return Initial(make_decoder(shape, settings), params, tokenizer_of(source))
 
