@@ -97,6 +97,8 @@ def test_auto_tokenizer_gives_the_prompts_that_were_trained_on(run: str, out: Pa
     words = tokenizer.load_tokenizer(config.Data(), f"{run}/tokenizer")
     auto = transformers.AutoTokenizer.from_pretrained(out)
     assert auto("the plot was").input_ids == words.encode_prompt("the plot was")
+    settings = read(out / "tokenizer_config.json")
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
     assert auto("</s>", add_special_tokens=False).input_ids == [auto.eos_token_id] == [2]
     assert tokenizer.load_tokenizer(config.Data(), str(out)).fingerprint == words.fingerprint
 

@@ -123,6 +123,8 @@ class Tokenizer:
             **names,
             "eos_token": self.eos_token,
             "clean_up_tokenization_spaces": False,
+            # transformers 4 would give token_type_ids too, which its generate refuses
+            "model_input_names": ["input_ids", "attention_mask"],
         }
         paths.write_text(paths.join(folder, "tokenizer.json"), backend.to_str(pretty=True))
         paths.write_text(
