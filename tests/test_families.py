@@ -1,6 +1,7 @@
 """Every family against transformers' own models, which write the files and read ours."""
 
 import functools
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from dpo_jax import generate
-from dpo_jax.model import decoder, families, weights
+from dpo_jax.model import decoder, families, hf_files, weights
 from dpo_jax.model.attention import Ids
 from dpo_jax.model.config import DecoderConfig
 
@@ -222,6 +223,45 @@ def test_a_saved_folder_loads_in_transformers_whole_and_bit_equal(tried, tmp_pat
     assert_near(torch_logits(again, tokens), torch_logits(tried.model, tokens))
     names = safetensors.numpy.load_file(tmp_path / "model.safetensors").keys()
     assert names == safetensors.numpy.load_file(tried.folder / "model.safetensors").keys()
+
+
+@pytest.mark.parity
+def test_a_folder_saved_in_several_files_loads_in_transformers_whole_and_bit_equal(tried, tmp_path):
+    import transformers
+
+    weights.save(tmp_path / "ours", tried.config, tried.params, max_file_bytes=4_000)
+    assert len(list((tmp_path / "ours").glob("model-*.safetensors"))) > 1
+    again, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    expected = tried.model.state_dict()
+    for name, tensor in again.state_dict().items():
+        np.testing.assert_array_equal(tensor.numpy(), expected[name].numpy(), err_msg=name)
+    # transformers' own files of it: another order, but an index of the same form and content
+    tried.model.save_pretrained(tmp_path / "theirs", max_shard_size=4_000)
+    ours, theirs = (
+        json.loads((tmp_path / name / hf_files.INDEX).read_text()) for name in ("ours", "theirs")
+    )
+    assert ours["metadata"] == theirs["metadata"]
+    assert ours["weight_map"].keys() == theirs["weight_map"].keys()
+    jax.tree.map(np.testing.assert_array_equal, weights.load(tmp_path / "theirs")[1], tried.params)
+
+
+@pytest.mark.parity
+def test_a_folder_saved_in_bfloat16_loads_in_transformers_in_bfloat16(tried, tmp_path):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    weights.save(tmp_path, tried.config, tried.params, jax.numpy.bfloat16)
+    again, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    expected = tried.model.state_dict()
+    for name, tensor in again.state_dict().items():
+        assert tensor.dtype == torch.bfloat16, name
+        assert torch.equal(tensor, expected[name].to(torch.bfloat16)), name
 
 
 @pytest.mark.parity

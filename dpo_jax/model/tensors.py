@@ -282,7 +282,8 @@ def join(parts: Sequence[np.ndarray], tensor: Tensor, heads: int) -> np.ndarray:
     inputs, _ = sizes(tensor, shapes)
     groups = heads if tensor.by_head else 1
     grouped = [part.reshape(inputs, groups, -1) for part in parts]
-    matrix = np.concatenate(grouped, axis=-1).reshape(inputs, -1)
+    fused = grouped[0] if len(grouped) == 1 else np.concatenate(grouped, axis=-1)
+    matrix = fused.reshape(inputs, -1)
     stored = matrix.T if tensor.transposed else matrix
     # safetensors writes the memory as it lies, without a look at the strides.
     return np.ascontiguousarray(stored.reshape(stored_shape(tensor, shapes)))

@@ -57,8 +57,8 @@ class Source(NamedTuple):
 
     config: DecoderConfig
     reader: hf_files.Reader
-    # of the parameters
-    shapes: dict[Path, tuple[int, ...]]
+    # of the parameters, with their types
+    shapes: dict[Path, jax.ShapeDtypeStruct]
     parts: dict[Path, list[Part]]
 
 
@@ -77,12 +77,14 @@ def load(
         path: functools.partial(read_slice, found, path, dtype=dtype) for path in found.shapes
     }
     if mesh is None:
-        whole = {path: tuple(slice(0, n) for n in shape) for path, shape in found.shapes.items()}
-        params = {path: read(whole[path]) for path, read in readers.items()}
-    else:
-        placed = leaves(sharding.parameters(decoder.shapes(found.config), mesh))
         params = {
-            path: make_array(found.shapes[path], placed[path], read)
+            path: read(tuple(slice(0, size) for size in found.shapes[path].shape))
+            for path, read in readers.items()
+        }
+    else:
+        placed = leaves(sharding.parameters(nest(found.shapes), mesh))
+        params = {
+            path: make_array(found.shapes[path].shape, placed[path], read)
             for path, read in readers.items()
         }
     return found.config, nest(params)
@@ -93,7 +95,7 @@ def find_source(folder: pathlib.Path) -> Source:
     config = hf_config.from_hf(hf_files.read_json(folder / hf_files.CONFIG))
     files = hf_files.find_tensors(folder)
     files = hf_files.add_prefix(files, FAMILIES[config.family].prefix)
-    shapes = {path: leaf.shape for path, leaf in leaves(decoder.shapes(config)).items()}
+    shapes = leaves(decoder.shapes(config))
     rows = find_rows(config, shapes)
     check_names(set(rows), set(files), config, folder)
     reader = hf_files.Reader(files)
@@ -102,13 +104,13 @@ def find_source(folder: pathlib.Path) -> Source:
         reader.check(name, tensors.stored_shape(row.tensor, part_shapes(row, shapes)))
         for place, path in enumerate(row.paths):
             parts[path].append(Part(name, row, place))
-    check_tied(config, reader, parts[("embedding",)][0].name, shapes[("embedding",)])
+    check_tied(config, reader, parts[("embedding",)][0].name, shapes[("embedding",)].shape)
     return Source(config, reader, shapes, dict(parts))
 
 
-def part_shapes(row: Row, shapes: dict[Path, tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """The shapes of the parts of the parameters that a tensor holds."""
-    return [shapes[path][len(row.index) :] for path in row.paths]
+def part_shapes(row: Row, params: dict[Path, Any]) -> list[tuple[int, ...]]:
+    """The shapes of the parts of parameters (arrays or shapes) that a tensor holds."""
+    return [params[path].shape[len(row.index) :] for path in row.paths]
 
 
 def read_slice(source: Source, path: Path, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
@@ -143,8 +145,9 @@ def make_array(
     for bounds, holders in devices.items():
         value = read(tuple(slice(start, stop) for start, stop in bounds))
         shards += [jax.device_put(value, device) for device in holders]
-        # The next slice is not read before this one has left host memory.
+        # This slice leaves host memory before the next one is read.
         jax.block_until_ready(shards)
+        del value
     return jax.make_array_from_single_device_arrays(shape, placed, shards)
 
 
@@ -166,9 +169,8 @@ def save(
     values = {**hf_config.to_hf(config), "torch_dtype": np.dtype(dtype).name}
     found = leaves(params)
     rows = find_rows(config, found)
-    shapes = {path: leaf.shape for path, leaf in found.items()}
     counts = {
-        name: math.prod(tensors.stored_shape(row.tensor, part_shapes(row, shapes)))
+        name: math.prod(tensors.stored_shape(row.tensor, part_shapes(row, found)))
         for name, row in rows.items()
     }
     plan = huggingface_hub.split_state_dict_into_shards_factory(
@@ -201,12 +203,12 @@ def make_tensor(row: Row, params: dict[Path, Any], config: DecoderConfig, dtype:
 
 def fetch(leaf: Any, number: tuple[int, ...]) -> np.ndarray:
     """A parameter's part at a place on its leading axes, from the devices if it lies there."""
-    if not number or not isinstance(leaf, jax.Array):
-        return np.asarray(leaf)[number]
+    if not isinstance(leaf, jax.Array):
+        return leaf[number]
     rest = leaf.shape[len(number) :]
-    # Of `leaf[number]` each layer's would be compiled anew.
-    part = jax.lax.dynamic_slice(leaf, (*number, *(0 for _ in rest)), (*(1 for _ in number), *rest))
-    return np.asarray(part).reshape(rest)
+    start, sizes = (*number, *(0 for _ in rest)), (*(1 for _ in number), *rest)
+    # `leaf[number]` would be compiled for each layer, and a whole leaf keeps its copy on the host.
+    return np.asarray(jax.lax.dynamic_slice(leaf, start, sizes)).reshape(rest)
 
 
 def check_dtype(dtype: Any) -> None:
