@@ -29,6 +29,8 @@ class Options(NamedTuple):
     max_file_gigabytes: float = 5.0
     # a folder, a tokenizer.json or a hub name; None: the one that lies beside the model
     tokenizer: str | None = None
+    # token that ends a completion; None: the tokenizer's own
+    eos_token: str | None = None
 
 
 class Source(NamedTuple):
@@ -62,7 +64,7 @@ def export(source: str, out: str, options: Options) -> Written:
     folder = check_out(out)
     dtype = np.dtype(check_dtype(options.dtype))
     file_bytes = check_size(options.max_file_gigabytes)
-    found = load(source, options.tokenizer)
+    found = load(source, options)
     shape, params = found.initial.model.config, found.initial.params
     folder.mkdir(parents=True, exist_ok=True)
     # config.json is the last of all, so that what was cut short is taken for no model
@@ -78,26 +80,35 @@ def export(source: str, out: str, options: Options) -> Written:
     )
 
 
-def load(source: str, tokenizer_source: str | None) -> Source:
+def load(source: str, options: Options) -> Source:
     """The model of a source with its tokenizer; ValueError where they do not fit each other."""
-    if source in presets.PRESETS and tokenizer_source is None:
+    if source in presets.PRESETS and options.tokenizer is None:
         raise ValueError(
             f"{source} is a preset, which has no tokenizer: give --tokenizer a folder, a "
             "tokenizer.json file or a hub name"
         )
     mesh = sharding.make_mesh(config.Mesh(), jax.devices())
     model = initial.load(source, config.Model(), 0, mesh)
-    data = config.Data(tokenizer=tokenizer_source)
-    words = with_bos_in_template(tokenizer.load_tokenizer(data, model.tokenizer))
+    words = with_bos_in_template(load_words(options, model.tokenizer))
     vocabulary = model.model.config.vocabulary_size
     if words.vocabulary_size > vocabulary:
         raise ValueError(
-            f"the tokenizer {tokenizer_source or model.tokenizer} has {words.vocabulary_size} "
+            f"the tokenizer {options.tokenizer or model.tokenizer} has {words.vocabulary_size} "
             f"tokens and the model {source} a vocabulary of {vocabulary}: give --tokenizer another"
         )
     # ids of the model's own tokenizer are other words in another
-    stop_ids = [words.eos_id] if tokenizer_source else stops.find(source, words)
+    stop_ids = [words.eos_id] if options.tokenizer else stops.find(source, words)
     return Source(source, model, words, stop_ids)
+
+
+def load_words(options: Options, beside: str | None) -> tokenizer.Tokenizer:
+    """The tokenizer that the options choose, or the one beside the model."""
+    data = config.Data(tokenizer=options.tokenizer, eos_token=options.eos_token)
+    try:
+        return tokenizer.load_tokenizer(data, beside)
+    except ValueError as error:
+        # a run's flags have the names of its config's sections
+        raise ValueError(str(error).replace("--data.", "--")) from error
 
 
 def with_bos_in_template(words: tokenizer.Tokenizer) -> tokenizer.Tokenizer:

@@ -32,10 +32,15 @@ def main() -> None:
         metavar="SOURCE",
         help="a folder, a tokenizer.json or a hub name; default: the one beside the model",
     )
+    parser.add_argument(
+        "--eos-token", metavar="TOKEN", help="ends a completion; default: the tokenizer's own"
+    )
     parsed = parser.parse_args()
     from dpo_jax import export
 
-    options = export.Options(parsed.dtype, parsed.max_file_gigabytes, parsed.tokenizer)
+    options = export.Options(
+        parsed.dtype, parsed.max_file_gigabytes, parsed.tokenizer, parsed.eos_token
+    )
     try:
         print(export.describe(export.export(parsed.run, parsed.out, options)))
     except ValueError as error:

@@ -174,10 +174,12 @@ def test_the_card_tells_the_run(run: str, out: Path):
 def test_the_command_prints_what_it_wrote(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    command = ["export", "tiny", str(tmp_path / "out"), "--tokenizer", str(folder / "tokenizer")]
-    monkeypatch.setattr(sys, "argv", [*command, "--dtype", "bfloat16"])
+    bare = str(folder / "tokenizer" / "tokenizer.json")
+    command = ["export", "tiny", str(tmp_path / "out"), "--tokenizer", bare]
+    monkeypatch.setattr(sys, "argv", [*command, "--eos-token", "<pad>", "--dtype", "bfloat16"])
     scripts_export.main()
     assert "parameters in bfloat16\n" in capsys.readouterr().out
+    assert read(tmp_path / "out" / "config.json")["eos_token_id"] == 0
     assert "Random weights of the preset `tiny`" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(SystemExit):
         scripts_export.main()
@@ -201,6 +203,8 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
     weights.save(small, tiny.DECODER, tiny.draw_params(tiny.DECODER))
     message = "has 400 tokens and the model .*small a vocabulary of 40: give --tokenizer another"
     refuse(str(small), message, tokenizer=str(folder / "tokenizer"))
+    bare = str(folder / "tokenizer" / "tokenizer.json")
+    refuse("tiny", "data.eos_token: .* give --eos-token one of its special", tokenizer=bare)
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     for name in ("config.json", "model.json"):
