@@ -71,7 +71,8 @@ def sample(
         max_tokens=settings.max_tokens,
         select=generate.make_sampler(settings.top_k, settings.top_p),
         temperature=settings.temperature,
-        eos_id=sampler.tokenizer.eos_id,
+        # what training teaches, so other stop tokens of the model count as text
+        stop_ids=[sampler.tokenizer.eos_id],
         batch_size=sampler.batch_size,
         mesh=sampler.mesh,
     )

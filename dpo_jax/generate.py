@@ -1,6 +1,6 @@
 """Sampling with a KV cache: a pure function for jit, and one for lists of prompts on the host.
 
-Dimensions: B rows, P slots of the prompt, V vocabulary.
+Dimensions: B rows, E stop tokens, P slots of the prompt, V vocabulary.
 """
 
 import functools
@@ -77,13 +77,13 @@ def generate(
     select: Select,
     max_tokens: int,
     temperature: jax.Array | float,
-    eos_id: jax.Array | int,
+    stop_ids: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Continues each row: tokens int32 [B, max_tokens], and how many were sampled, int32 [B].
 
     prompts [B, P] are padded on the right, lengths [B] say to where; a row of length 0 is not
     continued. keys [B] is one key a row, so that what a row draws does not depend on its batch. A
-    row ends with eos_id, which counts, and which fills the rest of the row too.
+    row ends with any of stop_ids [E], which counts; the first of them fills the rest of the row.
     """
     head = model_decoder.head(params, decoder.config)
     head = head._replace(matrix=head.matrix.astype(decoder.dtype))
@@ -92,7 +92,7 @@ def generate(
         """The state after one more token, drawn from what follows hidden [B, D]."""
         logits = model_decoder.logits(hidden, head)
         step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, state.step)
-        return append(state, select(logits, step_keys, temperature), eos_id)
+        return append(state, select(logits, step_keys, temperature), stop_ids)
 
     def unfinished(state: State) -> jax.Array:
         return (state.step < max_tokens) & ~jnp.all(state.ended)
@@ -104,7 +104,7 @@ def generate(
     hidden, cache = read_prompts(decoder, params, prompts, lengths, max_tokens)
     start = State(
         step=jnp.int32(0),
-        tokens=jnp.full((len(prompts), max_tokens), eos_id, jnp.int32),
+        tokens=jnp.full((len(prompts), max_tokens), stop_ids[0], jnp.int32),
         lengths=jnp.zeros_like(lengths),
         ended=lengths == 0,
         cache=cache,
@@ -113,16 +113,17 @@ def generate(
     return final.tokens, final.lengths
 
 
-def append(state: State, chosen: jax.Array, eos_id: jax.Array | int) -> State:
-    """The state after the chosen tokens [B]; a row that has ended gets eos_id instead."""
-    token = jnp.where(state.ended, eos_id, chosen)
+def append(state: State, chosen: jax.Array, stop_ids: jax.Array) -> State:
+    """The state after the chosen tokens [B]; a row that has ended gets stop_ids[0] instead."""
+    token = jnp.where(state.ended, stop_ids[0], chosen)
+    stops = jnp.any(token[:, None] == stop_ids[None, :], axis=1)
     return state._replace(
         step=state.step + 1,
         tokens=jax.lax.dynamic_update_slice_in_dim(
             state.tokens, token[:, None], state.step, axis=1
         ),
         lengths=state.lengths + ~state.ended,
-        ended=state.ended | (token == eos_id),
+        ended=state.ended | stops,
     )
 
 
@@ -173,17 +174,20 @@ def complete(
     select: Select,
     max_tokens: int,
     temperature: float = 1.0,
-    eos_id: int,
+    stop_ids: Sequence[int],
     batch_size: int,
     mesh: Mesh | None = None,
 ) -> list[list[int]]:
-    """Continuations of prompts of token ids, in order; each ends with eos_id or has max_tokens.
+    """Continuations of prompts of token ids, in order; each ends with one of stop_ids, or has
+    max_tokens.
 
     All batches have one shape, whose width is the power of two over the longest prompt. Prompt i
     draws with fold_in(key, i), whatever the batch size. With a mesh, rows lie over its batch
-    shards.
+    shards. Other stop_ids, as many, compile nothing.
     """
     check_prompts(decoder, prompts, max_tokens, temperature)
+    if not stop_ids:
+        raise ValueError("stop_ids is empty; give at least one id, such as the tokenizer's EOS")
     if not prompts:
         return []
     shards = 1 if mesh is None else sharding.batch_shards(mesh)
@@ -202,7 +206,7 @@ def complete(
             select=select,
             max_tokens=max_tokens,
             temperature=np.float32(temperature),
-            eos_id=np.int32(eos_id),
+            stop_ids=np.asarray(stop_ids, np.int32),
         )
         sampled = zip(np.asarray(tokens), np.asarray(lengths), strict=True)
         completions += [row[:length].tolist() for row, length in sampled]

@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import checkpoint, config, paths, reference, sharding
+from dpo_jax import checkpoint, config, flags, paths, reference, sharding
 from dpo_jax.model import config as model_config
 from dpo_jax.model import decoder, frozen, lora, presets, weights
 
 # files of a run folder that make it a model's folder too
 MODEL, TOKENIZER, ADAPTER = "model.json", "tokenizer", "adapter.json"
+# the run's experiment; HF folders have a file of that name too
+RECORD = "config.json"
 
 
 class Initial(NamedTuple):
@@ -28,6 +30,8 @@ class Initial(NamedTuple):
     params: dict
     # where its tokenizer lies; None for a preset
     tokenizer: str | None
+    # of the checkpoint that it is read from; None where the source is no run folder
+    step: int | None = None
     # the parameters under an adapter; {} where all are trained
     base: dict = {}
     # how to find the base again; None where all parameters are trained
@@ -51,6 +55,14 @@ class Adapter(NamedTuple):
     base: str
 
 
+class Source(NamedTuple):
+    """Where a model comes from: the arguments of `load`."""
+
+    name: str
+    settings: config.Model
+    seed: int
+
+
 def load(source: str, settings: config.Model, seed: int, mesh, *, trained: bool = True) -> Initial:
     """The model of a source on the mesh, as it was trained: a run with an adapter is base and
     adapter. Where its parameters will not be trained, files are read in the type that they will be
@@ -65,10 +77,10 @@ def load(source: str, settings: config.Model, seed: int, mesh, *, trained: bool 
         return load_adapted(source, settings, mesh)
     if paths.exists(paths.join(source, MODEL)):
         shape = read_shape(source)
-        _, params = checkpoint.load_params(
+        step, params = checkpoint.load_params(
             source, sharding.with_shardings(decoder.shapes(shape), mesh)
         )
-        return Initial(make_decoder(shape, settings), params, tokenizer_of(source))
+        return Initial(make_decoder(shape, settings), params, tokenizer_of(source), step)
     dtype = np.float32 if trained else np.dtype(read_as(settings))
     shape, params = weights.load(source, mesh, dtype)
     return Initial(make_decoder(shape, settings), params, tokenizer_of(source))
@@ -76,17 +88,13 @@ def load(source: str, settings: config.Model, seed: int, mesh, *, trained: bool 
 
 def load_adapted(source: str, settings: config.Model, mesh) -> Initial:
     """Base and adapter of a run folder; ValueError where the base is not what it was."""
-    record = json.loads(paths.read_text(paths.join(source, ADAPTER)))
-    settings_then = {**record["lora"], "targets": tuple(record["targets"])}
-    adapter = Adapter(
-        **{**record, "lora": config.Lora(**settings_then), "targets": tuple(record["targets"])}
-    )
+    adapter = read_adapter(source)
     held = dataclasses.replace(settings, frozen=adapter.held_as)
     try:
         start = prepare(
             load(adapter.source, held, adapter.seed, mesh, trained=False),
             adapter.lora,
-            Origin(adapter.source, held, adapter.seed),
+            Source(adapter.source, held, adapter.seed),
             mesh,
         )
     except ValueError as error:
@@ -97,21 +105,13 @@ def load_adapted(source: str, settings: config.Model, mesh) -> Initial:
             "them back"
         )
     shapes = lora.shapes(start.model.config, adapter.targets, start.adapter.lora.rank or 0)
-    _, params = checkpoint.load_params(source, sharding.with_shardings(shapes, mesh))
-    return start._replace(
-        params=params, tokenizer=tokenizer_of(source), adapter=adapter, is_new=False
+    step, params = checkpoint.load_params(source, sharding.with_shardings(shapes, mesh))
+    return Initial(
+        start.model, params, tokenizer_of(source), step, base=start.base, adapter=adapter
     )
 
 
-class Origin(NamedTuple):
-    """Where a model came from: the arguments of `load`."""
-
-    source: str
-    settings: config.Model
-    seed: int
-
-
-def prepare(start: Initial, settings: config.Lora, origin: Origin, mesh) -> Initial:
+def prepare(start: Initial, settings: config.Lora, source: Source, mesh) -> Initial:
     """The model with what a run trains: an adapter, new or as it is, or else all parameters, in
     which an adapter is then merged.
     """
@@ -119,22 +119,20 @@ def prepare(start: Initial, settings: config.Lora, origin: Origin, mesh) -> Init
         return merged(start, mesh)
     is_new = start.adapter is None or settings.start == "new"
     if start.adapter is not None and not is_new:
-        check_same(settings, start.adapter, origin)
+        check_same(settings, start.adapter, source)
         base, params, targets = start.base, start.params, start.adapter.targets
     else:
         targets = lora.find_targets(start.model.config, settings.targets)
         whole = merged(start, mesh).params
-        base = frozen.hold(whole, held_as(origin.settings), donated=True)
-        params = new_adapter(start.model.config, settings, targets, origin.seed, mesh)
-    source = origin.source
-    if paths.is_local(source) and os.path.exists(source):
-        source = os.path.abspath(source)
+        base = frozen.hold(whole, held_as(source.settings), donated=True)
+        params = new_adapter(start.model.config, settings, targets, source.seed, mesh)
+    is_here = paths.is_local(source.name) and os.path.exists(source.name)
     adapter = Adapter(
         settings,
         targets,
-        source,
-        held_as(origin.settings),
-        origin.seed,
+        os.path.abspath(source.name) if is_here else source.name,
+        held_as(source.settings),
+        source.seed,
         reference.fingerprint(base),
     )
     return start._replace(params=params, base=base, adapter=adapter, is_new=is_new)
@@ -177,7 +175,7 @@ def new_adapter(
     return make(jax.random.fold_in(jax.random.key(seed), 1))
 
 
-def check_same(settings: config.Lora, adapter: Adapter, origin: Origin) -> None:
+def check_same(settings: config.Lora, adapter: Adapter, source: Source) -> None:
     """Raises ValueError where a run would go on with an adapter of another form."""
     for name in ("rank", "alpha", "rank_stabilised", "targets"):
         mine, its = getattr(settings, name), getattr(adapter.lora, name)
@@ -185,12 +183,12 @@ def check_same(settings: config.Lora, adapter: Adapter, origin: Origin) -> None:
             mine, its = mine and tuple(sorted(mine)), tuple(sorted(adapter.targets))
         if mine != its and not (name == "targets" and mine is None):
             raise ValueError(
-                f"lora.{name} is {mine}, and the adapter of {origin.source} has {its}: give the "
+                f"lora.{name} is {mine}, and the adapter of {source.name} has {its}: give the "
                 "same to train it on, or --lora.start new to merge it and train a new one"
             )
-    if origin.settings.frozen not in (None, adapter.held_as):
+    if source.settings.frozen not in (None, adapter.held_as):
         raise ValueError(
-            f"model.frozen is {origin.settings.frozen}, and the base of {origin.source} is held in "
+            f"model.frozen is {source.settings.frozen}, and the base of {source.name} is held in "
             f"{adapter.held_as}: leave it out, or give --lora.start new"
         )
 
@@ -219,6 +217,30 @@ def tokenizer_of(source: str) -> str | None:
     return paths.join(source, TOKENIZER) if is_run else source
 
 
+def lineage(source: str) -> list[dict]:
+    """The experiments of a run folder and of the runs that it started from, the latest first; none
+    for another source. They are as config.json has them.
+    """
+    found = []
+    while paths.exists(paths.join(source, MODEL)) and paths.exists(paths.join(source, RECORD)):
+        found.append(flags.read_config(source)["experiment"])
+        source = found[-1]["model"]["source"]
+    return found
+
+
+def origin(source: str) -> str:
+    """The preset or HF model that a run folder started from in the end; another source itself."""
+    runs = lineage(source)
+    return runs[-1]["model"]["source"] if runs else source
+
+
+def base_of(adapter: Adapter) -> str:
+    """The source of an adapter's base, through the runs whose adapter it went on with."""
+    while adapter.lora.start == "continue" and paths.exists(paths.join(adapter.source, ADAPTER)):
+        adapter = read_adapter(adapter.source)
+    return adapter.source
+
+
 def make_decoder(shape: model_config.DecoderConfig, settings: config.Model) -> decoder.Decoder:
     """The decoder of a shape with the run's compute type and remat policy."""
     return decoder.Decoder(shape, dtype=jnp.dtype(compute_type(settings)), remat=settings.remat)
@@ -231,6 +253,14 @@ def write_model(folder: str, start: Initial) -> None:
     if start.adapter is not None:
         record = start.adapter._asdict() | {"lora": dataclasses.asdict(start.adapter.lora)}
         paths.write_text(paths.join(folder, ADAPTER), json.dumps(record, indent=2))
+
+
+def read_adapter(folder: str) -> Adapter:
+    """What the adapter of a run folder is."""
+    record = json.loads(paths.read_text(paths.join(folder, ADAPTER)))
+    targets = tuple(record["targets"])
+    settings = config.Lora(**{**record["lora"], "targets": targets})
+    return Adapter(**{**record, "lora": settings, "targets": targets})
 
 
 def read_shape(folder: str) -> model_config.DecoderConfig:

@@ -34,9 +34,9 @@ def load(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Inputs:
     """
     check_switches(experiment)
     sharding.check_batch_size(experiment.batch_size, experiment.microbatches, mesh)
-    origin = initial.Origin(experiment.model.source, experiment.model, experiment.seed)
-    start = initial.load(*origin, mesh, trained=experiment.lora.rank is None)
-    start = initial.prepare(start, experiment.lora, origin, mesh)
+    source = initial.Source(experiment.model.source, experiment.model, experiment.seed)
+    start = initial.load(*source, mesh, trained=experiment.lora.rank is None)
+    start = initial.prepare(start, experiment.lora, source, mesh)
     words = tokenizer.load_tokenizer(experiment.data, start.tokenizer)
     vocabulary = start.model.config.vocabulary_size
     if words.vocabulary_size > vocabulary:

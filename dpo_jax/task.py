@@ -193,7 +193,7 @@ def sample(
         jax.random.key(task.seed),
         select=generate.make_sampler(),
         max_tokens=MAX_TOKENS,
-        eos_id=words.eos_id,
+        stop_ids=[words.eos_id],
         batch_size=SAMPLED_TOGETHER,
         mesh=mesh,
     )

@@ -1,4 +1,8 @@
-"""Prints text from a trained run: python -m scripts.sample RUN --prompt TEXT [--count 4]."""
+"""Prints text from a trained run: python -m scripts.sample RUN --prompt TEXT [--count 4].
+
+A sample ends with the tokenizer's EOS, with those of the generation_config.json of the HF model
+that the run started from, and with each --stop TOKEN.
+"""
 
 import argparse
 import sys
@@ -9,7 +13,7 @@ from dpo_jax import flags, sample
 def main() -> None:
     """Parses the command line and prints."""
     parser = argparse.ArgumentParser(prog="python -m scripts.sample", description=__doc__)
-    parser.add_argument("run", help="folder of a run")
+    parser.add_argument("run", help="folder of a run, or of a model in HF format")
     parser.add_argument("--prompt", required=True, help="text that is continued")
     parser.add_argument("--count", type=int, default=4, help="samples")
     parser.add_argument("--max-tokens", type=int, default=128, help="most tokens of a sample")
@@ -17,6 +21,9 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=None, help="only the k likeliest tokens")
     parser.add_argument("--top-p", type=float, default=None, help="only the likeliest tokens")
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
+    parser.add_argument(
+        "--stop", metavar="TOKEN", action="append", default=[], help="ends a sample too; repeatable"
+    )
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message")
     options = parser.parse_args()
     try:

@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from dpo_jax import generate
-from dpo_jax.model import decoder, hf_files, weights
+from dpo_jax.model import decoder, families, hf_files, weights
 from dpo_jax.model.attention import Ids
 from dpo_jax.model.config import DecoderConfig
 
@@ -171,6 +171,11 @@ def assert_near(found, expected) -> None:
 pytestmark = pytest.mark.filterwarnings("ignore::Warning")
 
 
+def test_every_family_is_among_those_tried():
+    tried = {model_type for model_type, _ in TINY.values()}
+    assert tried == {family.model_type for family in families.FAMILIES.values()}
+
+
 @pytest.mark.parity
 def test_logits_of_rows_padded_on_the_right_are_those_of_transformers(tried):
     tokens = draw_tokens(3, 24)
@@ -270,7 +275,7 @@ def test_greedy_tokens_after_uneven_prompts_are_those_of_transformers(tried):
         jax.random.key(0),
         select=generate.greedy,
         max_tokens=32,
-        eos_id=tried.config.vocabulary_size,
+        stop_ids=[tried.config.vocabulary_size],
         batch_size=3,
     )
     for prompt, ours in zip(prompts, found, strict=True):

@@ -20,7 +20,7 @@ draw_params = functools.partial(tiny.draw_params, scale=0.3)
 
 
 def complete(prompts, key=0, *, model=SMALL, select=generate.greedy, **options):
-    arguments = {"max_tokens": 8, "eos_id": NO_EOS, "batch_size": 3, **options}
+    arguments = {"max_tokens": 8, "stop_ids": [NO_EOS], "batch_size": 3, **options}
     return generate.complete(
         decoder.Decoder(model),
         draw_params(model),
@@ -78,10 +78,10 @@ def test_a_row_ends_with_eos_and_its_batch_goes_on():
     eos_id = free[2][3]
     expected = [row[: row.index(eos_id) + 1] if eos_id in row else row for row in free]
     assert {len(row) for row in expected} > {8} and len(expected[2]) <= 4
-    assert complete(PROMPTS, eos_id=eos_id) == expected
+    assert complete(PROMPTS, stop_ids=[eos_id]) == expected
 
 
-def run_generate(prompts, lengths, eos_id, max_tokens=5):
+def run_generate(prompts, lengths, stop_ids, max_tokens=5):
     keys = jax.random.split(jax.random.key(0), len(lengths))
     run = jax.jit(generate.generate, static_argnames=("decoder", "select", "max_tokens"))
     return run(
@@ -93,18 +93,18 @@ def run_generate(prompts, lengths, eos_id, max_tokens=5):
         select=generate.greedy,
         max_tokens=max_tokens,
         temperature=1.0,
-        eos_id=eos_id,
+        stop_ids=jnp.asarray(stop_ids, jnp.int32),
     )
 
 
 def test_after_eos_a_row_is_filled_and_an_empty_row_is_not_continued():
     prompts = [[1, 2, 0], [5, 6, 7], [0, 0, 0]]
-    free, lengths = run_generate(prompts, [2, 3, 0], NO_EOS)
+    free, lengths = run_generate(prompts, [2, 3, 0], [NO_EOS])
     np.testing.assert_array_equal(lengths, [5, 5, 0])
     np.testing.assert_array_equal(free[2], NO_EOS)
     eos_id = int(free[0, 1])
     first = [int(np.argmax(np.asarray(row) == eos_id)) if eos_id in row else 4 for row in free[:2]]
-    tokens, lengths = run_generate(prompts, [2, 3, 0], eos_id)
+    tokens, lengths = run_generate(prompts, [2, 3, 0], [eos_id, NO_EOS])
     np.testing.assert_array_equal(lengths, [first[0] + 1, first[1] + 1, 0])
     assert lengths[0] < 5
     for row in range(2):
@@ -119,7 +119,7 @@ def test_sampling_stops_when_all_rows_have_ended():
         jax.debug.callback(lambda: steps.append(1))
         return jnp.full(logits.shape[:1], 0, jnp.int32)
 
-    assert complete([[1], [2]], select=end_at_once, eos_id=0, batch_size=4) == [[0], [0]]
+    assert complete([[1], [2]], select=end_at_once, stop_ids=[0], batch_size=4) == [[0], [0]]
     jax.effects_barrier()
     assert len(steps) == 1
 
@@ -195,6 +195,38 @@ def test_a_second_call_compiles_nothing_whatever_the_temperature():
     assert generate.make_sampler(3, 0.9) is generate.make_sampler(3, 0.9)
 
 
+def test_a_row_ends_with_whichever_of_several_stop_tokens_comes_first():
+    free = complete(PROMPTS)
+    stops = [free[2][3], free[0][1]]
+    expected = []
+    for row in free:
+        places = [place for place, token in enumerate(row) if token in stops]
+        expected.append(row[: places[0] + 1] if places else row)
+    assert {row[-1] for row in expected} >= set(stops)
+    assert complete(PROMPTS, stop_ids=stops) == complete(PROMPTS, stop_ids=stops[::-1]) == expected
+
+
+def test_the_first_stop_token_fills_a_row_that_another_has_ended():
+    free, _ = run_generate([[1, 2, 0]], [2], [NO_EOS])
+    tokens, lengths = run_generate([[1, 2, 0]], [2], [NO_EOS, int(free[0, 0])])
+    assert lengths.tolist() == [1]
+    assert tokens.tolist() == [[int(free[0, 0]), *[NO_EOS] * 4]]
+
+
+def test_other_stop_tokens_as_many_compile_nothing():
+    traced = []
+
+    def select(logits, keys, temperature):
+        traced.append(1)
+        return generate.greedy(logits, keys, temperature)
+
+    free = complete(PROMPTS, select=select, stop_ids=[NO_EOS, NO_EOS])
+    count = len(traced)
+    stopped = complete(PROMPTS, select=select, stop_ids=[free[0][0], free[1][0]])
+    assert [len(row) for row in stopped[:2]] == [1, 1]
+    assert len(traced) == count
+
+
 def test_rows_over_a_mesh_give_the_same_tokens():
     mesh = sharding.make_mesh(config.Mesh(data=2, fsdp=2, tensor=2), jax.devices()[:8])
     params = draw_params(SMALL)
@@ -206,7 +238,7 @@ def test_rows_over_a_mesh_give_the_same_tokens():
         jax.random.key(0),
         select=generate.greedy,
         max_tokens=8,
-        eos_id=NO_EOS,
+        stop_ids=[NO_EOS],
         batch_size=3,
         mesh=mesh,
     )
@@ -228,6 +260,8 @@ def test_what_cannot_be_sampled_is_an_error():
         complete([[1]], temperature=0)
     with pytest.raises(ValueError, match="max_tokens is 0"):
         complete([[1]], max_tokens=0)
+    with pytest.raises(ValueError, match="stop_ids is empty"):
+        complete([[1]], stop_ids=[])
     with pytest.raises(ValueError, match="top_k is 0"):
         generate.make_sampler(0)
     with pytest.raises(ValueError, match="top_p is 1.5"):

@@ -1,5 +1,6 @@
 """Where a run starts: adapters on a base, new ones and trained ones, through whole runs."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -252,7 +253,7 @@ def test_evaluation_drops_nothing(folder, tmp_path, mesh):
         tiny.experiment(folder, tmp_path / "run", **RANK, **{"lora.dropout": 0.9}), mesh
     )
     moved = jax.tree.map(lambda leaf: leaf + 0.01, state.params)
-    state = state.replace(params=moved)
+    state = dataclasses.replace(state, params=moved)
     twice = [train.evaluation(run, str(tmp_path), state, 0)["eval/loss"] for _ in range(2)]
     assert twice[0] == twice[1]
     whole = assemble.joined(run.initial, moved)

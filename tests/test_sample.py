@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_jax import sample, train
+from dpo_jax import config, generate, sample, train
+from dpo_jax.data import tokenizer
 from tests import tiny
 
 
@@ -22,6 +23,25 @@ def test_samples_come_from_the_seed_and_greedy_ones_are_equal(run: str):
     assert texts != sample.sample(run, "the plot", options._replace(seed=1))
     greedy = sample.sample(run, "the plot", options._replace(temperature=0.0))
     assert len(set(greedy)) == 1
+
+
+def test_a_sample_ends_before_a_stop_token(run: str, monkeypatch: pytest.MonkeyPatch):
+    greedy = sample.Options(count=1, max_tokens=8, temperature=0.0)
+    words = tokenizer.load_tokenizer(config.Data(), f"{run}/tokenizer")
+    complete, ends = generate.complete, []
+
+    def watch(*arguments, **options):
+        ends.append(options["stop_ids"])
+        return complete(*arguments, **options)
+
+    monkeypatch.setattr(generate, "complete", watch)
+    (text,) = sample.sample(run, "the plot", greedy)
+    first = words.token_text(words.encode(text)[0])
+    assert text and sample.sample(run, "the plot", greedy._replace(stop=(first,))) == [""]
+    assert ends == [[words.eos_id], [words.eos_id, words.encode(first)[0]]]
+    monkeypatch.setattr(generate, "complete", lambda *_, **__: [[5, 6, 7], [5, 6]])
+    both = sample.sample(run, "the plot", greedy._replace(stop=(words.token_text(7),)))
+    assert both == [words.decode([5, 6])] * 2
 
 
 def test_wrong_numbers_and_folders_are_refused(run: str, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import threading
 import urllib.error
 import urllib.request
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 SECONDS = 4.0
+# owner/name
+NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def why_unreachable() -> str | None:
@@ -36,6 +39,23 @@ def ask(endpoint: str, outcome: list[str]) -> None:
         outcome[0] = ""
     except (OSError, ValueError) as error:
         outcome[0] = f"{endpoint} cannot be reached ({getattr(error, 'reason', error)})"
+
+
+def find_file(name: str, file: str) -> str | None:
+    """The local path of a hub model's file: the cache's, or downloaded; None where there is none.
+
+    A file that cannot be asked for, offline, counts as one that is not there.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    if NAME.fullmatch(name) is None:
+        return None
+    try:
+        offline = why_unreachable() is not None
+        return huggingface_hub.hf_hub_download(name, file, local_files_only=offline)
+    except (errors.EntryNotFoundError, errors.RepositoryNotFoundError):
+        return None
 
 
 @contextlib.contextmanager

@@ -123,12 +123,15 @@ class Tokenizer:
             **names,
             "eos_token": self.eos_token,
             "clean_up_tokenization_spaces": False,
-            "chat_template": self.chat_template,
+            # transformers 4 would give token_type_ids too, which its generate refuses
+            "model_input_names": ["input_ids", "attention_mask"],
         }
         paths.write_text(paths.join(folder, "tokenizer.json"), backend.to_str(pretty=True))
         paths.write_text(
             paths.join(folder, "tokenizer_config.json"), json.dumps(settings, indent=2)
         )
+        if self.chat_template is not None:
+            paths.write_text(paths.join(folder, "chat_template.jinja"), self.chat_template)
 
     def begin(self, ids: list[int]) -> list[int]:
         """A prompt's ids with BOS once at the start, where there is a BOS."""
