@@ -156,7 +156,9 @@ def training(facts: Facts) -> str:
     shown = {
         name: value
         for name, value in facts.fields.items()
-        if name.startswith(SHOWN) and value is not None
+        if name.startswith(SHOWN)
+        and value is not None
+        and not (name.startswith("lora.") and facts.fields.get("lora.rank") is None)
     }
     return "## Training\n\n" + "\n".join(f"- {name}: `{value}`" for name, value in shown.items())
 

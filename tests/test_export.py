@@ -15,7 +15,7 @@ import transformers
 
 from dpo_jax import config, export, initial, model_card, sharding, train
 from dpo_jax.data import tokenizer
-from dpo_jax.model import presets, weights
+from dpo_jax.model import lora, presets, weights
 from scripts import export as scripts_export
 from tests import tiny
 
@@ -246,3 +246,70 @@ def test_the_base_model_is_that_of_the_first_run(tmp_path: Path):
     assert model_card.find_base(make_run("other", "tiny")) is None
     assert model_card.find_base(make_run("moved", str(tmp_path / "no" / "model"))) is None
     assert model_card.find_base(str(tmp_path)) == str(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def adapted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A run of an adapter on a model in HF format."""
+    model = make_model(tmp_path_factory.mktemp("base") / "base", folder)
+    workdir = tmp_path_factory.mktemp("adapted") / "run"
+    fields = {"model.source": model, "lora.rank": 4, "lora.alpha": 8.0}
+    fields |= {"data.tokenizer": None, "optimizer.learning_rate": 1e-2}
+    train.train(tiny.experiment(folder, workdir, steps=3, **fields), tiny.FILE)
+    return str(workdir)
+
+
+def test_an_adapter_is_exported_merged_unless_it_is_asked_for_alone(adapted, tmp_path):
+    export.export(adapted, str(tmp_path / "merged"), export.Options())
+    found = load(adapted)
+    expected = jax.device_get(lora.merge(initial.policy(found)))
+    merged = weights.load(tmp_path / "merged")[1]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), merged, expected
+    )
+    assert np.abs(merged["layers"]["mlp"]["up"]["kernel"] - load_base(found)).max() > 1e-4
+
+
+def load_base(found: initial.Initial) -> np.ndarray:
+    return np.asarray(found.base["layers"]["mlp"]["up"]["kernel"])
+
+
+def test_an_adapter_alone_is_in_pefts_form_with_its_base_and_a_card(adapted, tmp_path):
+    written = export.export(adapted, str(tmp_path / "adapter"), export.Options(adapter=True))
+    files = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert files | TOKENIZER_FILES | {"generation_config.json"} == set(written.files)
+    found = load(adapted)
+    assert found.adapter is not None
+    assert written.parameters == sum(leaf.size for leaf in jax.tree.leaves(found.params))
+    config_json = read(tmp_path / "adapter" / "adapter_config.json")
+    assert config_json["base_model_name_or_path"] == found.adapter.source
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "library_name: peft" in card and f'base_model: "{found.adapter.source}"' in card
+    assert "AutoPeftModelForCausalLM" in card and "- lora.rank: `4`" in card
+
+
+def test_the_base_of_an_adapter_is_found_through_the_runs_that_it_went_on_from(
+    adapted, folder, tmp_path
+):
+    fields = {"model.source": adapted, "lora.rank": 4, "lora.alpha": 8.0, "data.tokenizer": None}
+    run = tiny.experiment(folder, tmp_path / "run", steps=1, evaluate_every=None, **fields)
+    train.train(run, tiny.FILE)
+    found = load(str(tmp_path / "run"))
+    assert found.adapter is not None and found.adapter.source == adapted
+    export.export(str(tmp_path / "run"), str(tmp_path / "out"), export.Options(adapter=True))
+    named = read(tmp_path / "out" / "adapter_config.json")["base_model_name_or_path"]
+    first = load(adapted).adapter
+    assert first is not None and named == first.source
+
+
+def test_what_is_no_adapter_or_has_no_base_in_hf_format_is_refused(run, folder, tmp_path):
+    with pytest.raises(ValueError, match=r"has no adapter: leave --adapter out"):
+        export.export(run, str(tmp_path / "out"), export.Options(adapter=True))
+    fields = {"model.source": run, "lora.rank": 4, "data.tokenizer": None, "steps": 1}
+    train.train(tiny.experiment(folder, tmp_path / "on", evaluate_every=None, **fields), tiny.FILE)
+    with pytest.raises(ValueError, match=r"no model in HF format: export that first .*BASE"):
+        export.export(str(tmp_path / "on"), str(tmp_path / "out"), export.Options(adapter=True))
+    named = export.Options(adapter=True, base_model="owner/base")
+    export.export(str(tmp_path / "on"), str(tmp_path / "out"), named)
+    config_json = read(tmp_path / "out" / "adapter_config.json")
+    assert config_json["base_model_name_or_path"] == "owner/base"
