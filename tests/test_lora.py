@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import logps
+from dpo_jax import contract, logps, losses, reference, train_step
 from dpo_jax.data import pack
-from dpo_jax.model import decoder, families, lora
+from dpo_jax.model import decoder, families, layers, lora
 from dpo_jax.model.attention import Ids
 from dpo_jax.model.config import DecoderConfig, Experts, Kind
 from tests import tiny
@@ -182,9 +182,34 @@ def test_dropout_is_of_the_adapter_alone_and_drawn_by_row_and_seed(batch):
     np.testing.assert_array_equal(totals(base, with_noise(batch, 0), 0.4), totals(base, batch, 0))
 
 
-def test_dropout_keeps_the_share_and_the_mean_of_an_adapters_inputs():
-    from dpo_jax.model import layers
+def test_dropout_is_the_same_in_every_way_to_accumulate(batch):
+    base, adapter = tiny.draw_params(LLAMA), draw_adapter(LLAMA)
 
+    def score_joined(params, held: train_step.Held, rows: dict):
+        joined = lora.join(held.base, params, 1.0)
+        return logps.score(decoder.Decoder(LLAMA), joined, rows, dropout=0.4)
+
+    scoring = train_step.Scoring(score_joined, reference.none, contract.with_state(losses.orpo))
+    state = train_step.TrainState(jnp.int32(0), adapter, None)
+    ways = train_step.whole, train_step.make_microbatched(2), train_step.make_two_pass(2)
+    gradients = []
+    for way in ways:
+        run: Any = jax.jit(functools.partial(way, scoring))
+        noisy = with_noise(batch, 3)
+        gradient, _ = run(state, train_step.Held(base), noisy, {"lam": jnp.float32(0.1)})
+        gradients.append(gradient)
+    largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(gradients[0]))
+    for other in gradients[1:]:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest), gradients[0], other
+        )
+    plain: Any = jax.jit(functools.partial(train_step.whole, scoring))
+    without, _ = plain(state, train_step.Held(base), batch, {"lam": jnp.float32(0.1)})
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), gradients[0], without)
+    assert max(jax.tree.leaves(moved)) > 0.01 * largest
+
+
+def test_dropout_keeps_the_share_and_the_mean_of_an_adapters_inputs():
     ones = jnp.ones((4, 200, 50))
     noise = layers.Dropout(jax.vmap(jax.random.key)(jnp.arange(4, dtype=jnp.uint32)), 0.25)
     dropped = np.asarray(layers.drop(ones, noise, "query"))
