@@ -1,7 +1,8 @@
 """DPO of a low-rank adapter (https://arxiv.org/abs/2106.09685) on the built-in task.
 
-Only the adapter is trained, kept by the optimizer and saved; the reference is the same base with the
-adapter off. `scripts.export RUN OUT --adapter` writes it in PEFT's form, and without the flag merged.
+Only the adapter is trained, kept by the optimizer and saved; the reference is the same base with
+the adapter off. `scripts.export RUN OUT --adapter` writes it in PEFT's form, and without the flag
+merged.
 
 python -m scripts.train experiments/lora.py --workdir runs/lora
 Hardware and expected numbers: not measured yet.
