@@ -1,0 +1,149 @@
+"""What a benchmark times: training steps on the same examples in this project's layouts.
+
+Dimensions: N examples, R = 2 N rows of the padded layout, L tokens, V vocabulary.
+"""
+
+import dataclasses
+import functools
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax import assemble, config, contract, logps, optimizer, sharding, train, train_step
+from dpo_jax.data import pack, tokenise
+from dpo_jax.model import attention, decoder
+
+# rows of the padded layout have a multiple of so many tokens, so that few shapes compile
+MULTIPLE = 64
+
+
+class Stepper(NamedTuple):
+    """Steps of one layout."""
+
+    # (state, batch) -> state, metrics
+    step: Callable
+    state: Any
+    # of the steps from the first on: batch on the mesh, and how many tokens are computed
+    batches: Iterator[tuple[dict, int]]
+
+
+def make_packed(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Stepper:
+    """Steps of a run as `scripts.train` makes them."""
+    run, state = assemble.assemble(experiment, mesh)
+
+    def step(state, batch: dict):
+        return run.step(state, run.held, batch, run.numbers)
+
+    found = ((batch, batch["tokens"].size) for _, batch, _ in train.batches(run, 0))
+    return Stepper(step, state, found)
+
+
+def make_cached(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Stepper:
+    """The same with the reference's log-probabilities computed before."""
+    reference = dataclasses.replace(experiment.reference, cached=True)
+    return make_packed(experiment.replace(reference=reference), mesh)
+
+
+def make_padded(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Stepper:
+    """A row for each completion, with the prompt again, padded to the longest, with all logits."""
+    run, state = assemble.assemble(experiment, mesh)
+    score_rows = functools.partial(score_padded, run.initial.model)
+
+    def score(params, held: train_step.Held, batch: dict):
+        return score_rows(params, batch)
+
+    def score_reference(held: train_step.Held, batch: dict):
+        return jax.lax.stop_gradient(score_rows(held.reference, batch))
+
+    loss, tx = experiment.loss, optimizer.make(experiment.optimizer)
+    scoring = train_step.Scoring(score, score_reference, contract.with_state(loss.function))
+    schedule = optimizer.make_schedule(experiment.optimizer, experiment.steps)
+    step = jax.jit(
+        train_step.make_train_step(scoring, tx, schedule, train_step.whole), donate_argnums=0
+    )
+
+    def batches() -> Iterator[tuple[dict, int]]:
+        for number in range(experiment.steps):
+            data, _, _ = run.train
+            chosen = pack.step_examples(
+                len(data.prompts), experiment.batch_size, experiment.seed, number
+            )
+            batch = pad(data, chosen)
+            yield sharding.put_batch(batch, mesh), batch["tokens"].size
+
+    return Stepper(lambda state, batch: step(state, run.held, batch, run.numbers), state, batches())
+
+
+LAYOUTS: dict[str, Callable[[config.Experiment, jax.sharding.Mesh], Stepper]] = {
+    "packed": make_packed,
+    "cached": make_cached,
+    "padded": make_padded,
+}
+
+
+def pad(data: tokenise.Tokenised, chosen: np.ndarray) -> dict:
+    """The examples as rows, all of the first completion and then all of the second."""
+    rows, prompts = [], []
+    for completion in range(len(data.names)):
+        for example in chosen:
+            prompt = data.tokens[slice(*data.prompts[example])]
+            answer = data.tokens[slice(*data.completions[example, completion])]
+            rows.append(np.concatenate([prompt, answer]))
+            prompts.append(len(prompt))
+    lengths = np.array([len(row) for row in rows])
+    width = -(-lengths.max() // MULTIPLE) * MULTIPLE
+    tokens = np.zeros((len(rows), width), np.int32)
+    for number, row in enumerate(rows):
+        tokens[number, : len(row)] = row
+    answers = (lengths - prompts).reshape(len(data.names), -1)
+    return {
+        "tokens": tokens,
+        "lengths": lengths.astype(np.int32),
+        "prompts": np.array(prompts, np.int32),
+        "length": dict(zip(data.names, answers.astype(np.int32), strict=True)),
+        "weight": np.ones(len(chosen), np.float32),
+    }
+
+
+def score_padded(model: decoder.Decoder, params, batch: dict) -> dict[str, logps.Logps]:
+    """Log-probabilities of completions from logits of every position, [R, L, V]."""
+    tokens = batch["tokens"]
+    position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+    real = (position < batch["lengths"][:, None]).astype(jnp.int32)
+    ids = attention.Ids(real, jnp.zeros_like(real), position)
+    hidden: Any = model.apply({"params": params}, tokens, ids)
+    logits = decoder.logits(hidden, decoder.head(params, model.config))
+    scores = jax.nn.log_softmax(logits[:, :-1], axis=-1)
+    values = jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1)[..., 0]
+    scored = (position[:, 1:] >= batch["prompts"][:, None]) & (real[:, 1:] > 0)
+    totals = jnp.where(scored, values, 0.0).sum(axis=1).reshape(len(batch["length"]), -1)
+    lengths = batch["length"]
+    return {name: logps.Logps(totals[c], lengths[name]) for c, name in enumerate(sorted(lengths))}
+
+
+def matmul_rate(dtype: Any, size: int = 2048, repeats: int = 9) -> float:
+    """FLOPs per second of products of square matrices on all local devices' type: the median."""
+    left = jnp.ones((size, size), dtype)
+    multiply = jax.jit(jnp.matmul)
+    multiply(left, left).block_until_ready()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        multiply(left, left).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2.0 * size**3 / float(np.median(seconds))
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has had: of the devices, or of the host where they are CPUs."""
+    devices = [device.memory_stats() for device in jax.local_devices()]
+    if all(stats and "peak_bytes_in_use" in stats for stats in devices):
+        return sum(stats["peak_bytes_in_use"] for stats in devices if stats)
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kibibytes if sys.platform == "darwin" else kibibytes * 1024

@@ -1,0 +1,130 @@
+"""What the benchmark counts and compares."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax import benchmark, benchmark_layouts, logps
+from dpo_jax.data import pack
+from dpo_jax.model import decoder, presets
+from tests import tiny
+
+
+def test_the_padded_layout_scores_what_packed_rows_score(draw_examples):
+    model = decoder.Decoder(tiny.DECODER)
+    params = tiny.draw_params(tiny.DECODER)
+    data = draw_examples(8, vocabulary=40)
+    packed = pack.batch(data, pack.plan(data, 8, 1, seed=0), 0)
+    index, filled = packed.pop("index"), packed["weight"] > 0
+    scored = jax.jit(lambda rows: logps.score(model, params, rows))(packed)
+    padded = benchmark_layouts.pad(data, np.arange(8))
+    assert padded["tokens"].shape == (16, 64)
+    found = jax.jit(lambda rows: benchmark_layouts.score_padded(model, params, rows))(padded)
+    for name in data.names:
+        expected = np.asarray(found[name].total)[index[filled]]
+        np.testing.assert_allclose(np.asarray(scored[name].total)[filled], expected, rtol=1e-4)
+        lengths = np.asarray(found[name].length)[index[filled]]
+        np.testing.assert_array_equal(np.asarray(scored[name].length)[filled], lengths)
+
+
+def test_the_floor_counts_each_distinct_token_scored_token_and_visible_pair_once(draw_examples):
+    data = draw_examples(1)
+    # a prompt of 3 tokens, completions of 2 and 4
+    data = dataclasses.replace(
+        data,
+        prompts=np.array([[0, 3]]),
+        completions=np.array([[[3, 5], [5, 9]]]),
+    )
+    shape = tiny.DECODER
+    # query and output 24 x 24, key and value 24 x 12, three matrices of 24 x 32, in 2 layers
+    body = 2 * (2 * 24 * 24 + 2 * 24 * 12 + 3 * 24 * 32)
+    # the prompt's 1 + 2 + 3; then 4 + 5, and 4 + 5 + 6 + 7
+    pairs = 6 + 9 + 22
+    forward = 2 * body * 9 + 2 * 24 * 40 * 6 + 2 * 4 * 24 * pairs
+    assert benchmark.floor_flops(shape, data, np.array([0])) == 4 * forward
+
+
+def test_a_run_is_trimmed_to_its_steps(folder, tmp_path):
+    run = tiny.experiment(
+        folder,
+        tmp_path,
+        **{"optimizer.schedule": "linear", "optimizer.warmup_steps": 3, "data.held_out": 5},
+    )
+    found = benchmark.trimmed(run, 2)
+    assert (found.steps, found.evaluate_every, found.samples.count) == (2, None, 0)
+    assert (found.optimizer.warmup_steps, found.optimizer.schedule) == (0, "constant")
+    assert (found.data.evaluation_source, found.data.held_out) == (None, 0)
+    assert found.loss == run.loss and found.batch_size == run.batch_size
+
+
+RECORD = {
+    "settings": {"batch_size": 8},
+    "model": "tiny",
+    "data": "rows.jsonl",
+    "dtype": "float32",
+    "device": "cpu",
+    "devices": 1,
+    "floor_flops_per_useful_token": 2e6,
+    "matmul_flops_per_second": 4e9,
+    "results": [
+        {"name": "packed", "rates": [1000.0, 900.0, 1100.0], "fill": 0.9, "first_step": 4.0}
+        | {"compile": 3.0, "peak": 2**30},
+        {"name": "trl", "rates": [100.0, 180.0, 55.0], "fill": None, "first_step": 9.0}
+        | {"compile": None, "peak": 2**31},
+    ],
+}
+
+
+def test_the_table_has_medians_and_ratios_round_by_round():
+    table = benchmark.describe(RECORD).splitlines()
+    assert (
+        "| packed | 1,000 (900 to 1,100) | 1.00 | 90.0% | 50% | 1.00 GiB | 4.0 s | 3.0 s |" in table
+    )
+    # 10, 5 and 20
+    assert "| trl | 100 (55 to 180) | 10.00 |  | 5% | 2.00 GiB | 9.0 s |  |" in table
+
+
+def test_a_contender_that_ends_is_an_error_with_its_exit_code():
+    command = [sys.executable, "-c", "print('words'); raise SystemExit(3)"]
+    with pytest.raises(ValueError, match="packed ended with exit code 3"):
+        benchmark.race({"packed": command}, "", [], benchmark.Settings())
+
+
+@pytest.mark.slow
+def test_layouts_race_from_the_command_line(folder: Path, tmp_path: Path):
+    command = [
+        *(sys.executable, "-m", "scripts.benchmark", "experiments/dpo.py"),
+        *("--rounds", "2", "--steps", "1", "--json", str(tmp_path / "record.json")),
+        *("--data.source", str(folder / "train.jsonl"), "--data.max-length", "128"),
+        *("--data.tokenizer", str(folder / "tokenizer"), "--model.source", "tiny"),
+        *("--batch-size", "8", "--reference.no-cached"),
+    ]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        command, cwd=tiny.ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "record.json").read_text())
+    found = {result["name"]: result for result in record["results"]}
+    assert list(found) == ["packed", "cached", "padded"]
+    assert all(len(result["rates"]) == 2 and min(result["rates"]) > 0 for result in found.values())
+    assert found["padded"]["fill"] < found["packed"]["fill"] == found["cached"]["fill"]
+    assert all(result["peak"] > 1e7 for result in found.values())
+    assert "| padded |" in done.stdout
+
+
+def test_every_preset_has_a_floor(draw_examples):
+    data = draw_examples(3)
+    for shape in presets.PRESETS.values():
+        assert benchmark.floor_flops(shape, data, np.arange(3)) > 0
+
+
+def test_layouts_are_named_for_the_command_line():
+    assert set(benchmark_layouts.LAYOUTS) == set(benchmark.Settings().layouts)
