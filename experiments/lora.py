@@ -19,7 +19,7 @@ def experiment() -> config.Experiment:
     run = dpo.experiment()
     return run.replace(
         lora=config.Lora(rank=8, alpha=16.0),
-        optimizer=dataclasses.replace(run.optimizer, learning_rate=5e-3),
+        optimizer=dataclasses.replace(run.optimizer, learning_rate=1.5e-3),
         # the base is in memory anyway
         reference=config.Reference(),
     )
