@@ -72,7 +72,7 @@ def load(source: str, settings: config.Model, seed: int, mesh, *, trained: bool 
         shape = presets.PRESETS[source]
         placed = sharding.parameters(decoder.shapes(shape), mesh)
         make = jax.jit(functools.partial(decoder.init, shape), out_shardings=placed)
-        return Initial(make_decoder(shape, settings), make(jax.random.key(seed)), None)
+        return Initial(make_decoder(shape, settings, mesh), make(jax.random.key(seed)), None)
     if paths.exists(paths.join(source, ADAPTER)):
         return load_adapted(source, settings, mesh)
     if paths.exists(paths.join(source, MODEL)):
@@ -80,10 +80,10 @@ def load(source: str, settings: config.Model, seed: int, mesh, *, trained: bool 
         step, params = checkpoint.load_params(
             source, sharding.with_shardings(decoder.shapes(shape), mesh)
         )
-        return Initial(make_decoder(shape, settings), params, tokenizer_of(source), step)
+        return Initial(make_decoder(shape, settings, mesh), params, tokenizer_of(source), step)
     dtype = np.float32 if trained else np.dtype(read_as(settings))
     shape, params = weights.load(source, mesh, dtype)
-    return Initial(make_decoder(shape, settings), params, tokenizer_of(source))
+    return Initial(make_decoder(shape, settings, mesh), params, tokenizer_of(source))
 
 
 def load_adapted(source: str, settings: config.Model, mesh) -> Initial:
@@ -241,9 +241,13 @@ def base_of(adapter: Adapter) -> str:
     return adapter.source
 
 
-def make_decoder(shape: model_config.DecoderConfig, settings: config.Model) -> decoder.Decoder:
-    """The decoder of a shape with the run's compute type and remat policy."""
-    return decoder.Decoder(shape, dtype=jnp.dtype(compute_type(settings)), remat=settings.remat)
+def make_decoder(
+    shape: model_config.DecoderConfig, settings: config.Model, mesh
+) -> decoder.Decoder:
+    """The decoder of a shape with the run's compute type and remat policy, its rows on the mesh."""
+    dtype = jnp.dtype(compute_type(settings))
+    rows = sharding.rows(mesh) if mesh.size > 1 else None
+    return decoder.Decoder(shape, dtype=dtype, remat=settings.remat, rows=rows)
 
 
 def write_model(folder: str, start: Initial) -> None:
