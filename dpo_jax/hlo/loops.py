@@ -137,13 +137,16 @@ def sides(compare: text.Instruction) -> Iterator[tuple[str, str, str]]:
 
 
 def count_steps(first: int, limit: int, step: int, direction: str) -> int | None:
-    """How many of first, first + step, ... come before one for which the comparison fails."""
-    span = {"LT": limit - first, "LE": limit - first + 1, "NE": limit - first}
-    down = {"GT": first - limit, "GE": first - limit + 1}
-    if direction in span and step > 0:
-        return max(0, -(-span[direction] // step))
-    if direction in down and step < 0:
-        return max(0, -(-down[direction] // -step))
+    """How many of first, first + step, ... come before one for which the comparison fails; None
+    where none does.
+    """
+    match direction:
+        case "LT" | "LE" if step > 0:
+            return max(0, -(-(limit - first + (direction == "LE")) // step))
+        case "GT" | "GE" if step < 0:
+            return max(0, -(-(first - limit + (direction == "GE")) // -step))
+        case "NE" if (limit - first) % step == 0 and (limit - first) // step >= 0:
+            return (limit - first) // step
     return None
 
 
