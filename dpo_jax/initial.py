@@ -60,7 +60,7 @@ def load(
         params = make(jax.random.key(seed))
         # no hash of the values, whose last bits differ between meshes
         identity = digest(source, dataclasses.asdict(shape), seed)
-        return Initial(make_decoder(shape, settings), params, None, identity)
+        return Initial(make_decoder(shape, settings, mesh), params, None, identity)
     if paths.exists(paths.join(source, origins.ADAPTER)):
         return load_adapted(source, settings, mesh)
     step = None
@@ -73,7 +73,7 @@ def load(
         shape, params = weights.load(source, mesh, np.dtype(read_as))
     identity = reference.fingerprint(params)
     return Initial(
-        make_decoder(shape, settings), params, origins.tokenizer_of(source), identity, step
+        make_decoder(shape, settings, mesh), params, origins.tokenizer_of(source), identity, step
     )
 
 
@@ -250,6 +250,10 @@ def compute_type(settings: config.Model) -> str:
     return settings.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
-def make_decoder(shape: model_config.DecoderConfig, settings: config.Model) -> decoder.Decoder:
-    """The decoder of a shape with the run's compute type and remat policy."""
-    return decoder.Decoder(shape, dtype=jnp.dtype(compute_type(settings)), remat=settings.remat)
+def make_decoder(
+    shape: model_config.DecoderConfig, settings: config.Model, mesh
+) -> decoder.Decoder:
+    """The decoder of a shape with the run's compute type and remat policy, its rows on the mesh."""
+    dtype = jnp.dtype(compute_type(settings))
+    rows = sharding.rows(mesh) if mesh.size > 1 else None
+    return decoder.Decoder(shape, dtype=dtype, remat=settings.remat, rows=rows)

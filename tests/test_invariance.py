@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import config, contract, logps, losses, reference, sharding, train_step
+from dpo_jax import config, contract, initial, logps, losses, reference, sharding, train_step
 from dpo_jax.data import pack
 from dpo_jax.model import decoder
 from dpo_jax.model.presets import PRESETS
@@ -58,12 +58,11 @@ def all_losses(policy, anchor, batch, state, **weights):
 NEEDS = contract.needs(all_losses)
 
 
-def score(params, held: train_step.Held, batch: dict) -> dict[str, logps.Logps]:
-    return logps.score(MODEL, params, batch, NEEDS.policy)
+def make_score(model: decoder.Decoder, statistics) -> Callable[..., dict[str, logps.Logps]]:
+    def score(params, held: train_step.Held, batch: dict) -> dict[str, logps.Logps]:
+        return logps.score(model, params, batch, statistics)
 
-
-def score_reference_of(params, held: train_step.Held, batch: dict) -> dict[str, logps.Logps]:
-    return logps.score(MODEL, params, batch, NEEDS.reference)
+    return score
 
 
 # BCO's running means after some steps: mean and count of the desirable, and of the undesirable
@@ -111,9 +110,13 @@ def compute(draw_examples, draw_params) -> Callable[[Way], dict[str, Result]]:
         batch = make_batch(data, sharding.batch_shards(mesh) * way.microbatches, way.packed)
         if way.cached:
             batch = reference.with_table(batch, load_table())
-        live = functools.partial(reference.live, score_reference_of)
-        score_reference = reference.cached if way.cached else live
-        scoring = train_step.Scoring(score, score_reference, contract.with_state(all_losses))
+        model = initial.make_decoder(MODEL.config, config.Model(source="tiny"), mesh)
+        live = functools.partial(reference.live, make_score(model, NEEDS.reference))
+        scoring = train_step.Scoring(
+            make_score(model, NEEDS.policy),
+            reference.cached if way.cached else live,
+            contract.with_state(all_losses),
+        )
         run: Any = jax.jit(functools.partial(way.accumulate, scoring))
         where, placed = sharding.put_batch(batch, mesh), sharding.place(policy, mesh)
         other = None if way.cached else sharding.place(anchor, mesh)

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import NamedSharding
 
 from dpo_jax.model import attention, layers, rope
 from dpo_jax.model.config import DecoderConfig, Kind
@@ -62,6 +63,9 @@ class Decoder(nn.Module):
     dtype: Any = jnp.float32
     # what the backward pass computes again: none, the dots' inputs only, or each whole layer
     remat: Literal["none", "dots", "full"] = "none"
+    # where rows of hidden states lie, [B, ...] over the shards of B; None: on one device, or left
+    # to the compiler, which then moves activations to the parameters of a mesh and not the reverse
+    rows: NamedSharding | None = None
 
     @nn.compact
     def __call__(
@@ -78,7 +82,7 @@ class Decoder(nn.Module):
         queries see the slots that their ids allow, wherever those lie. `dropout` is of adapters.
         """
         declare_head(self)
-        hidden = embed(self, tokens, jnp.asarray(ids.position))
+        hidden = keep_rows(self, embed(self, tokens, jnp.asarray(ids.position)))
         key_ids, layer_cache = ids, None
         if cache is not None:
             key_ids = attention.Ids(
@@ -90,7 +94,7 @@ class Decoder(nn.Module):
             layer_cache = cache.key, cache.value
         places = layers.Places(None, ids, key_ids, 0, at, dropout)
         hidden, layer_cache = run_layers(self, (hidden, layer_cache), places)
-        hidden = layers.Norm(self.config, self.dtype, name="norm")(hidden)
+        hidden = keep_rows(self, layers.Norm(self.config, self.dtype, name="norm")(hidden))
         if layer_cache is None:
             return hidden
         return hidden, Cache(key=layer_cache[0], value=layer_cache[1], ids=key_ids)
@@ -126,6 +130,23 @@ def embed(decoder: Decoder, tokens: jax.Array, position: jax.Array) -> jax.Array
     return hidden
 
 
+def keep_rows(decoder: Decoder, hidden: jax.Array) -> jax.Array:
+    """Hidden states [B, L, D], and their gradient, made to lie where the decoder's rows do.
+
+    Rows that do not divide over the shards are left to the compiler.
+    """
+    if decoder.rows is None or len(hidden) % shards(decoder.rows):
+        return hidden
+    return jax.lax.with_sharding_constraint(hidden, decoder.rows)
+
+
+def shards(rows: NamedSharding) -> int:
+    """Over how many shards the first axis of an array lies."""
+    axes = rows.spec[0] or ()
+    names = (axes,) if isinstance(axes, str) else axes
+    return math.prod(rows.mesh.shape[name] for name in names)
+
+
 def run_layers(decoder: Decoder, carry: tuple, places: layers.Places) -> tuple:
     """The carry, hidden [B, L, D] and the cache of all layers, after every layer.
 
@@ -146,7 +167,7 @@ def run_layers(decoder: Decoder, carry: tuple, places: layers.Places) -> tuple:
         module = layers.Layer(config, kind, decoder.dtype, parent=None)
         own = places._replace(rotation=rotation, layer=layer)
         result: Any = module.apply({"params": params}, hidden, cache, own)
-        return result
+        return keep_rows(decoder, result[0]), result[1]
 
     def run_block(carry: tuple, inputs: tuple) -> tuple:
         params, first = inputs
