@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax import checkpoint, config, origins, paths, reference, sharding
+from dpo_jax.model import attention, blocks, decoder, frozen, lora, presets, weights
 from dpo_jax.model import config as model_config
-from dpo_jax.model import decoder, frozen, lora, presets, weights
 
 
 class Initial(NamedTuple):
@@ -253,7 +253,14 @@ def compute_type(settings: config.Model) -> str:
 def make_decoder(
     shape: model_config.DecoderConfig, settings: config.Model, mesh
 ) -> decoder.Decoder:
-    """The decoder of a shape with the run's compute type and remat policy, its rows on the mesh."""
-    dtype = jnp.dtype(compute_type(settings))
+    """The decoder of a shape as the run computes with it, its rows on the mesh."""
     rows = sharding.rows(mesh) if mesh.size > 1 else None
-    return decoder.Decoder(shape, dtype=dtype, remat=settings.remat, rows=rows)
+    by_default = "blocks" if jax.default_backend() == "cpu" else "plain"
+    in_blocks = (settings.attention or by_default) == "blocks"
+    return decoder.Decoder(
+        shape,
+        dtype=jnp.dtype(compute_type(settings)),
+        remat=settings.remat,
+        rows=rows,
+        attend=functools.partial(blocks.attend, rows=rows) if in_blocks else attention.attend,
+    )

@@ -4,11 +4,13 @@ Dimensions: B rows, L tokens (Lq queries, Lk keys), H query heads, K key and val
 query heads to each, Dh dimensions a head.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 
 class Ids(NamedTuple):
@@ -69,3 +71,10 @@ def attend(
     weights = jnp.where(mask, jax.nn.softmax(logits, axis=-1), 0.0)
     mixed = jnp.einsum("bkgij,bjkd->bikgd", weights.astype(value.dtype), value)
     return mixed.reshape(batch, length, heads, head_dim)
+
+
+def shards(rows: NamedSharding) -> int:
+    """Over how many shards the first axis of an array lies."""
+    axes = rows.spec[0] or ()
+    names = (axes,) if isinstance(axes, str) else axes
+    return math.prod(rows.mesh.shape[name] for name in names)

@@ -8,6 +8,7 @@ dimensions a head. Parameters are float32, a plain nested dict; the layers' are 
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -66,6 +67,8 @@ class Decoder(nn.Module):
     # where rows of hidden states lie, [B, ...] over the shards of B; None: on one device, or left
     # to the compiler, which then moves activations to the parameters of a mesh and not the reverse
     rows: NamedSharding | None = None
+    # attention of rows to themselves, with the signature of `attention.attend`
+    attend: Callable = attention.attend
 
     @nn.compact
     def __call__(
@@ -135,16 +138,9 @@ def keep_rows(decoder: Decoder, hidden: jax.Array) -> jax.Array:
 
     Rows that do not divide over the shards are left to the compiler.
     """
-    if decoder.rows is None or len(hidden) % shards(decoder.rows):
+    if decoder.rows is None or len(hidden) % attention.shards(decoder.rows):
         return hidden
     return jax.lax.with_sharding_constraint(hidden, decoder.rows)
-
-
-def shards(rows: NamedSharding) -> int:
-    """Over how many shards the first axis of an array lies."""
-    axes = rows.spec[0] or ()
-    names = (axes,) if isinstance(axes, str) else axes
-    return math.prod(rows.mesh.shape[name] for name in names)
 
 
 def run_layers(decoder: Decoder, carry: tuple, places: layers.Places) -> tuple:
@@ -164,7 +160,7 @@ def run_layers(decoder: Decoder, carry: tuple, places: layers.Places) -> tuple:
     def run(kind: Kind, carry: tuple, params: dict, layer: jax.Array | int) -> tuple:
         hidden, cache = carry
         rotation = None if kind.rope is None else rotations[kind.rope]
-        module = layers.Layer(config, kind, decoder.dtype, parent=None)
+        module = layers.Layer(config, kind, decoder.dtype, decoder.attend, parent=None)
         own = places._replace(rotation=rotation, layer=layer)
         result: Any = module.apply({"params": params}, hidden, cache, own)
         return keep_rows(decoder, result[0]), result[1]
