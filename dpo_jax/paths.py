@@ -87,6 +87,13 @@ def write_text(path: str, content: str) -> None:
     write_bytes(path, content.encode("utf-8"))
 
 
+def remove(path: str) -> None:
+    """Removes a file; one that is not there is no error."""
+    system, name = locate(path)
+    with contextlib.suppress(FileNotFoundError):
+        system.rm_file(name)
+
+
 def listing(pattern: str) -> list[str]:
     """The sorted paths that match a pattern such as folder/*.jsonl."""
     system, name = locate(pattern)

@@ -6,24 +6,27 @@ Dimensions: N examples of a batch or of the data.
 
 import functools
 import hashlib
-import io
+import itertools
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import functions, logps, paths, sharding
+from dpo_jax import functions, logps, paths, sharding, tables
 from dpo_jax.data import pack, tokenise
 from dpo_jax.model import decoder
+from dpo_jax.tables import Table
 
 # bumped when what a table holds changes
 VERSION = 2
-
-# float32 [N] each: totals under a completion's name, statistics under "completion.statistic"
-Table = dict[str, np.ndarray]
+# batches that are written together, and lost where a process is killed
+PART = 16
+# seconds between lines that say how far the scoring is
+EVERY = 20
 
 
 class LaidOut(NamedTuple):
@@ -115,11 +118,12 @@ def load_table(
     mesh,
     statistics: Mapping[str, logps.Statistic] | None = None,
 ) -> Table:
-    """Total log-probability and statistics of every completion of the data, computed once and kept
-    on disk.
+    """Total log-probability under a completion's name, and statistics under
+    "completion.statistic", of every completion of the data, computed once and kept on disk.
 
     Kept under a hash of the weights, the tokenised data, the model's config, the compute type, and
-    of what is scored.
+    of what is scored. A process that is killed leaves the parts it has scored, which the next one
+    goes on from.
     """
     identity = [
         VERSION,
@@ -132,31 +136,42 @@ def load_table(
     ]
     name = hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
     folder = paths.join(paths.cache_folder(), "reference", name)
-    done = paths.join(folder, "DONE")
-    if not paths.exists(done):
+    if not tables.is_finished(folder):
         score = jax.jit(functools.partial(logps.score, model, statistics=statistics))
-        table = _score_all(score, params, data, plan, mesh)
-        paths.make_folder(folder)
-        for name, values in table.items():
-            content = io.BytesIO()
-            np.save(content, values)
-            paths.write_bytes(paths.join(folder, f"{name}.npy"), content.getvalue())
-        # its lines are the columns
-        paths.write_text(done, "\n".join(table))
-    columns = paths.read_text(done).split("\n")
-    return {
-        name: np.load(io.BytesIO(paths.read_bytes(paths.join(folder, f"{name}.npy"))))
-        for name in columns
-    }
+        tables.finish(folder, _score_all(score, params, data, plan, mesh, folder))
+    return tables.read(folder)
 
 
-def _score_all(score, params, data: tokenise.Tokenised, plan: pack.Plan, mesh) -> Table:
-    table: Table = {}
+def _score_all(
+    score, params, data: tokenise.Tokenised, plan: pack.Plan, mesh, folder: str
+) -> Table:
+    """The table of all data, of which the folder's parts are not scored again."""
+    count, parts, shown = len(data.prompts), tables.read_parts(folder), time.monotonic()
+    known = tables.known(parts, count)
+    before = f", {known.sum():,} of which are there" if parts else ""
+    print(f"scoring {count:,} examples with the reference, once{before}: {folder}", flush=True)
+    scored = _score_batches(score, params, data, plan, mesh, known)
+    while fresh := list(itertools.islice(scored, PART)):
+        parts.append(tables.write_part(folder, fresh))
+        if time.monotonic() >= shown + EVERY:
+            shown = time.monotonic()
+            done = tables.known(parts, count).sum()
+            print(f"scored {done:,} of {count:,} examples with the reference", flush=True)
+    return tables.whole(parts, count)
+
+
+def _score_batches(
+    score, params, data: tokenise.Tokenised, plan: pack.Plan, mesh, known: np.ndarray
+) -> Iterator[tables.Part]:
+    """The rows of each batch that has examples which are not known (bool [N])."""
     for batch in pack.evaluation_batches(data, plan):
-        filled, index = batch["weight"] > 0, batch["index"]
+        filled = batch["weight"] > 0
+        index = batch["index"][filled]
+        if known[index].all():
+            continue
+        columns: Table = {}
         for completion, scored in score(params, sharding.put_batch(batch, mesh)).items():
             own = {column(completion, name): sums for name, sums in scored.statistics.items()}
             for name, values in {completion: scored.total, **own}.items():
-                into = table.setdefault(name, np.zeros(len(data.prompts), np.float32))
-                into[index[filled]] = np.asarray(values)[filled]
-    return table
+                columns[name] = np.asarray(values)[filled].astype(np.float32)
+        yield tables.Part(index, columns)

@@ -45,6 +45,14 @@ def test_a_listing_is_sorted_and_its_paths_can_be_read(folder):
     assert [paths.read_text(path) for path in found] == ["a.txt", "b.txt"]
 
 
+def test_a_removed_file_is_gone_and_one_that_is_not_there_is_no_error(folder):
+    name = paths.join(folder, "file")
+    paths.write_text(name, "x")
+    paths.remove(name)
+    assert not paths.exists(name)
+    paths.remove(name)
+
+
 def test_a_write_that_fails_leaves_the_old_content_and_no_other_file(tmp_path, monkeypatch):
     path = str(tmp_path / "file")
     paths.write_text(path, "old")

@@ -1,10 +1,13 @@
 import functools
+from collections.abc import Callable
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import config, logps, paths, reference, sharding, train_step
+from dpo_jax import config, logps, paths, reference, sharding, tables, train_step
 from dpo_jax.data import pack
 from dpo_jax.model import decoder
 from dpo_jax.model.presets import PRESETS
@@ -120,6 +123,197 @@ def test_done_is_written_after_the_tables(params, data, counter, monkeypatch):
     monkeypatch.setattr(paths, "write_bytes", record(paths.write_bytes))
     load(params, data)
     assert written[:3] == ["chosen.npy", "rejected.npy", "DONE"]
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+class Batches:
+    """Watches the batches that are scored: their examples, and what is done before one of them."""
+
+    def __init__(self, monkeypatch):
+        self.scored: list[list[int]] = []
+        self.before: dict[int, Callable] = {}
+        self.put = sharding.put_batch
+        monkeypatch.setattr(sharding, "put_batch", self)
+
+    def __call__(self, batch, mesh):
+        act = self.before.pop(len(self.scored), None)
+        if act is not None:
+            act()
+        self.scored.append(sorted(batch["index"][batch["weight"] > 0].tolist()))
+        return self.put(batch, mesh)
+
+    def die(self):
+        raise Killed
+
+
+@pytest.fixture
+def batches(monkeypatch) -> Batches:
+    monkeypatch.setattr(reference, "PART", 2)
+    return Batches(monkeypatch)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Scores by the tokens of a batch alone, which compiles at once."""
+
+    def score(model, params, batch, *, statistics):
+        slots = len(batch["weight"])
+        total = batch["weight"] * batch["tokens"].sum() * 0.1 + jnp.arange(slots)
+        return {name: logps.Logps(total, n, {}) for name, n in batch["length"].items()}
+
+    monkeypatch.setattr(logps, "score", score)
+
+
+def two_shards(params, data, batch_size=4) -> reference.Table:
+    """The table from a mesh with two batch shards."""
+    mesh = sharding.make_mesh(config.Mesh(fsdp=2), jax.devices()[:2])
+    plan = pack.plan(data, batch_size, 2, seed=0)
+    placed = sharding.place(params, mesh)
+    return reference.load_table(MODEL, placed, "two shards", data, plan, mesh)
+
+
+def copied(table: reference.Table) -> reference.Table:
+    return {name: np.array(values) for name, values in table.items()}
+
+
+def parts_of(folder: Path) -> list[Path]:
+    return sorted(folder.glob("reference/*/part-*.npy"))
+
+
+EXAMPLES = [list(range(start, start + 4)) for start in range(0, 20, 4)]
+
+
+def test_a_table_killed_in_the_middle_goes_on_bit_for_bit_over_a_mesh(
+    params, data, batches, own_cache, capsys
+):
+    whole = copied(two_shards(params, data))
+    assert batches.scored == EXAMPLES
+    assert not parts_of(own_cache)
+    (own_cache / "reference").rename(own_cache / "before")
+    # two batches are in the first part, and the third is lost with the process
+    batches.before[5 + 3] = batches.die
+    with pytest.raises(Killed):
+        two_shards(params, data)
+    assert len(parts_of(own_cache)) == 1 and not list(own_cache.glob("reference/*/DONE"))
+    batches.scored.clear()
+    capsys.readouterr()
+    resumed = two_shards(params, data)
+    assert batches.scored == EXAMPLES[2:]
+    assert "scoring 20 examples with the reference, once, 8 of which are" in capsys.readouterr().out
+    assert set(resumed) == set(whole)
+    for name, values in whole.items():
+        assert type(resumed[name]) is np.memmap
+        np.testing.assert_array_equal(resumed[name], values)
+    assert not parts_of(own_cache)
+
+
+def kill(params, data, batches, at: int, batch_size: int = 4) -> None:
+    batches.before[at] = batches.die
+    with pytest.raises(Killed):
+        load(params, data, batch_size=batch_size)
+    batches.scored.clear()
+
+
+def test_a_half_written_part_is_scored_again(params, data, batches, quick, own_cache):
+    kill(params, data, batches, 4)
+    first, second = parts_of(own_cache)
+    cut = min(first, second, key=lambda path: np.load(path)["index"].min())
+    cut.write_bytes(cut.read_bytes()[:-1])
+    resumed = copied(load(params, data, batch_size=4))
+    assert batches.scored == [*EXAMPLES[:2], EXAMPLES[4]]
+    (own_cache / "reference").rename(own_cache / "before")
+    whole = load(params, data, batch_size=4)
+    for name, values in whole.items():
+        np.testing.assert_array_equal(resumed[name], values)
+
+
+def test_a_table_killed_before_done_is_not_scored_again(params, data, batches, quick, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(tables, "finish", lambda *_: batches.die())
+        with pytest.raises(Killed):
+            load(params, data, batch_size=4)
+    batches.scored.clear()
+    assert len(load(params, data, batch_size=4)["chosen"]) == 20
+    assert batches.scored == []
+
+
+def test_another_batch_size_goes_on_too(params, data, batches, quick):
+    kill(params, data, batches, 3)
+    load(params, data, batch_size=5)
+    # the second has two examples that are not known yet
+    assert batches.scored == [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14], [15, 16, 17, 18, 19]]
+
+
+@pytest.mark.parametrize("batch_size", [4, 5])
+def test_two_processes_may_fill_one_table_at_once(
+    params, data, batches, quick, own_cache, batch_size
+):
+    alone = {}
+    for size in {4, batch_size}:
+        alone[size] = copied(load(params, data, batch_size=size))
+        (own_cache / "reference").rename(own_cache / f"before {size}")
+    batches.scored.clear()
+    seen = []
+
+    def other():
+        batches.scored = []
+        seen.append(load(params, data, batch_size=batch_size))
+
+    # the other has started, scored the rest and finished before this one's fourth batch
+    batches.before[3] = other
+    found = load(params, data, batch_size=4)
+    for name, values in found.items():
+        # each number is what one of the two gets alone
+        first, second = alone[4][name], alone[batch_size][name]
+        assert ((values == first) | (values == second)).all()
+        assert values[0] == first[0] and values[-1] == second[-1]
+        np.testing.assert_array_equal(values, seen[0][name])
+    assert not parts_of(own_cache)
+
+
+def test_how_far_the_scoring_is_is_printed_now_and_then(
+    params, data, batches, quick, monkeypatch, capsys
+):
+    monkeypatch.setattr(reference, "EVERY", 0)
+    load(params, data, batch_size=4)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("scoring 20 examples with the reference, once: ")
+    assert [line.split(" examples")[0] for line in lines[1:]] == [
+        *("scored 8 of 20", "scored 16 of 20", "scored 20 of 20")
+    ]
+    load(params, data, batch_size=4)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_table_in_a_remote_cache_goes_on_and_is_read_whole(
+    params, data, batches, quick, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("DPO_JAX_CACHE", f"memory://{tmp_path.name}")
+    kill(params, data, batches, 3)
+    table = load(params, data, batch_size=4)
+    assert batches.scored == EXAMPLES[2:]
+    assert type(table["chosen"]) is np.ndarray
+
+
+def test_a_batch_reads_only_its_own_rows():
+    read = []
+
+    class Column(np.ndarray):
+        def __getitem__(self, index):
+            read.append(index)
+            return np.asarray(self)[index]
+
+        def __array__(self, *_, **__):
+            raise AssertionError("the whole column is read")
+
+    column = np.arange(100, dtype=np.float32).view(Column)
+    batch = {"index": np.array([7, 3]), "weight": np.ones(2, np.float32)}
+    found = reference.with_table(batch, {"chosen": column})["reference"]["chosen"]
+    assert found.tolist() == [7, 3]
+    assert [index.tolist() for index in read] == [[7, 3]]
 
 
 def test_the_fingerprint_goes_by_names_shapes_types_and_numbers():
