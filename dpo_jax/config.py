@@ -199,6 +199,9 @@ class Optimizer:
     b2: Fraction | None = None
     # added to the root of the second moment (adamw, rmsprop); None: 1e-8
     eps: Positive | None = None
+    # how the first moment is kept between steps (adamw); second moments are float32 always, since
+    # their steps of 1 - b2 are too small for bfloat16
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,12 +3,16 @@ it compiles nothing.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from dpo_jax import config
+
+# half of the widest gap between two bfloat16 numbers, as a share of the smaller one
+HALF_STEP = 2.0**-8
 
 
 def make(optimizer: config.Optimizer) -> optax.GradientTransformation:
@@ -18,8 +22,9 @@ def make(optimizer: config.Optimizer) -> optax.GradientTransformation:
     parts = [] if optimizer.clip is None else [optax.clip_by_global_norm(optimizer.clip)]
     if optimizer.kind == "adamw":
         b1, b2 = default(optimizer.b1, 0.9), default(optimizer.b2, 0.999)
+        adam = optax.scale_by_adam(b1, b2, default(optimizer.eps, 1e-8))
         parts += [
-            optax.scale_by_adam(b1, b2, default(optimizer.eps, 1e-8)),
+            adam if optimizer.moments_dtype == "float32" else with_narrow_first_moment(adam),
             optax.add_decayed_weights(decay, matrices),
             optax.scale(-1.0),
         ]
@@ -41,6 +46,26 @@ def make(optimizer: config.Optimizer) -> optax.GradientTransformation:
             )
         ]
     return optax.chain(*parts)
+
+
+def with_narrow_first_moment(adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Adam whose first moment is bfloat16 between its updates, which are computed in float32.
+
+    optax's own mu_dtype would multiply the moment by b1 in bfloat16, and so round it twice a step.
+    """
+
+    def narrow(state: Any) -> Any:
+        return state._replace(mu=optax.tree.cast(state.mu, jnp.bfloat16))
+
+    def init(params):
+        return narrow(adam.init(params))
+
+    def update(updates, state: Any, params=None):
+        wide = state._replace(mu=optax.tree.cast(state.mu, jnp.float32))
+        updates, state = adam.update(updates, wide, params)
+        return updates, narrow(state)
+
+    return optax.GradientTransformation(init, update)
 
 
 def default(value: float | None, otherwise: float) -> float:
@@ -68,6 +93,19 @@ def check(optimizer: config.Optimizer) -> None:
             raise ValueError(
                 f"optimizer.{name} is {value}, and {optimizer.kind} does not read it: leave it out"
             )
+    if optimizer.moments_dtype == "float32":
+        return
+    if optimizer.kind != "adamw":
+        raise ValueError(
+            f"optimizer.moments_dtype is {optimizer.moments_dtype}, and {optimizer.kind} has only "
+            "second moments, which are float32 always: leave it out"
+        )
+    if 1 - default(optimizer.b1, 0.9) < HALF_STEP:
+        raise ValueError(
+            f"optimizer.b1 is {optimizer.b1}, and a first moment in bfloat16 would stand still, "
+            f"since steps of 1 - b1 are rounded away below {HALF_STEP}: take a smaller b1, or "
+            "--optimizer.moments-dtype float32"
+        )
 
 
 def make_schedule(optimizer: config.Optimizer, steps: int) -> Callable[[jax.Array], jax.Array]:

@@ -25,8 +25,10 @@ def eight_devices() -> Mesh:
 
 
 def items_on(mesh: Mesh, params: dict) -> dict:
-    """Parameters and optimizer state as a run saves them, with moments that are not 0."""
-    tx = optimizer.make(config.Optimizer())
+    """Parameters and optimizer state as a run saves them, with moments that are not 0, the first
+    in bfloat16.
+    """
+    tx = optimizer.make(config.Optimizer(moments_dtype="bfloat16"))
     state, _ = assemble.make_state(sharding.place(params, mesh), tx, contract.Needs(), mesh)
     generator = np.random.default_rng(1)
 

@@ -5,10 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
+import optax
 import pytest
 
-from dpo_jax import config, optimizer
+from dpo_jax import checkpoint, config, optimizer
 
 # optax takes 1 - 0.999^t in float32, whose rounding is up to 3e-5 of it, and half that of its root
 NEAR_ONE = 2e-5
@@ -49,13 +51,15 @@ def assert_equal(found: list, expected: list, relative: float = 2e-6) -> None:
         jax.tree.map(check, one, other)
 
 
-def adamw(b1=0.9, b2=0.999, eps=1e-8, decay=0.0) -> list:
-    """2412.6980's algorithm 1 with 1711.05101's decay of the matrices."""
+def adamw(b1=0.9, b2=0.999, eps=1e-8, decay=0.0, stored: Any = float) -> list:
+    """2412.6980's algorithm 1 with 1711.05101's decay of the matrices; the first moment is rounded
+    to a type between steps.
+    """
 
     def leaf(values, gradients, decay):
         first = second = np.zeros_like(gradients[0], float)
         for step, gradient in enumerate(np.asarray(gradients, np.float64), 1):
-            first = b1 * first + (1 - b1) * gradient
+            first = b1 * first.astype(stored).astype(float) + (1 - b1) * gradient
             second = b2 * second + (1 - b2) * gradient**2
             root = np.sqrt(second / (1 - b2**step)) + eps
             yield -(first / (1 - b1**step) / root + decay * np.asarray(values, np.float64))
@@ -188,6 +192,111 @@ def test_a_number_that_is_not_read_is_refused(kind, field, value):
 @pytest.mark.parametrize("kind", ["adamw", "rmsprop", "adafactor"])
 def test_the_defaults_fit_every_kind(kind):
     optimizer.make(config.Optimizer(kind=kind))
+
+
+NARROW = {"moments_dtype": "bfloat16"}
+
+
+def adam_state(state: Any) -> Any:
+    (found,) = [part for part in state if isinstance(part, optax.ScaleByAdamState)]
+    return found
+
+
+@pytest.mark.parametrize(("fields", "first"), [({}, "float32"), (NARROW, "bfloat16")])
+def test_only_the_first_moment_has_the_type_that_is_asked_for(fields, first):
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    tx = optimizer.make(make("adamw", **fields))
+    state = tx.init(params)
+    for _ in range(2):
+        adam = adam_state(state)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(adam.mu)} == {first}
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(adam.nu)} == {"float32"}
+        updates, state = tx.update(params, state, params)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(updates)} == {"float32"}
+    assert jax.tree.structure(state) == jax.tree.structure(
+        optimizer.make(make("adamw")).init(params)
+    )
+
+
+def test_a_first_moment_in_bfloat16_is_rounded_once_a_step():
+    rounded = adamw(stored=ml_dtypes.bfloat16)
+    assert_equal(directions(make("adamw", **NARROW)), rounded, NEAR_ONE)
+    with pytest.raises(AssertionError):
+        assert_equal(adamw(), rounded, NEAR_ONE)
+
+
+def descend(settings: config.Optimizer, steps: int, start: Any = None) -> tuple:
+    """Parameters and state after steps of noisy least squares, from a start (step, them)."""
+    generator = np.random.default_rng(0)
+    inputs = generator.normal(size=(400, 16)).astype(np.float32)
+    wanted = inputs @ generator.normal(size=(16, 4)).astype(np.float32)
+    wanted += generator.normal(size=wanted.shape).astype(np.float32)
+    tx = optimizer.make(settings)
+
+    def loss(params, given, wanted):
+        return jnp.mean((given @ params["kernel"] - wanted) ** 2)
+
+    @jax.jit
+    def step(params, state, *batch):
+        updates, state = tx.update(jax.grad(loss)(params, *batch), state, params)
+        return jax.tree.map(lambda one, update: one + 0.02 * update, params, updates), state
+
+    params = {"kernel": jnp.zeros((16, 4))}
+    first, params, state = start or (0, params, tx.init(params))
+    for number in range(first, first + steps):
+        rows = np.random.default_rng(number + 1).integers(0, len(inputs), 32)
+        params, state = step(params, state, inputs[rows], wanted[rows])
+    return params, state
+
+
+def test_with_a_first_moment_in_bfloat16_training_goes_nearly_the_same_way():
+    exact, _ = descend(make("adamw"), 200)
+    found, _ = descend(make("adamw", **NARROW), 200)
+    far = np.linalg.norm(found["kernel"] - exact["kernel"]) / np.linalg.norm(exact["kernel"])
+    # parameters have moved by all of their norm
+    assert 0 < far < 2e-3
+
+
+def test_a_first_moment_in_bfloat16_is_resumed_from_a_checkpoint_bit_for_bit(tmp_path):
+    settings = make("adamw", **NARROW)
+    whole = descend(settings, 6)
+    with checkpoint.make_checkpointer(str(tmp_path), config.Checkpoint()) as checkpointer:
+        params, state = descend(settings, 3)
+        checkpoint.save(checkpointer, 3, {"params": params, "opt_state": state}, {})
+        fresh = dict(zip(("params", "opt_state"), descend(settings, 0), strict=True))
+        saved = checkpoint.restore(checkpointer, 3, checkpoint.abstract(fresh))
+    resumed = descend(settings, 3, (3, saved["params"], saved["opt_state"]))
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    assert adam_state(resumed[1]).mu["kernel"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["rmsprop", "adafactor"])
+def test_a_type_of_first_moments_is_refused_where_there_are_none(kind):
+    with pytest.raises(ValueError, match=f"bfloat16, and {kind} has only second moments"):
+        optimizer.make(make(kind, **NARROW))
+    optimizer.make(make(kind, moments_dtype="float32"))
+
+
+def decayed(b1: float) -> np.ndarray:
+    """By how much a step without a gradient shrinks each bfloat16 moment of [1, 2)."""
+    moments = jnp.asarray(1 + np.arange(128) / 128, jnp.bfloat16)
+    tx = optax.scale_by_adam(b1)
+    narrow: Any = optimizer.with_narrow_first_moment(tx)
+    state: Any = tx.init(jnp.zeros(128))
+    state = state._replace(mu=moments)
+    _, state = narrow.update(jnp.zeros(128), state)
+    assert state.mu.dtype == jnp.bfloat16
+    return np.asarray(moments, np.float32) - np.asarray(state.mu, np.float32)
+
+
+def test_a_first_moment_that_would_stand_still_in_bfloat16_is_refused():
+    largest = 1 - 2.0**-8
+    assert (decayed(largest) > 0).all()
+    assert (decayed(0.998) == 0).any()
+    optimizer.make(make("adamw", b1=largest, **NARROW))
+    with pytest.raises(ValueError, match="optimizer.b1 is 0.998, .* would stand still"):
+        optimizer.make(make("adamw", b1=0.998, **NARROW))
+    optimizer.make(make("adamw", b1=0.998))
 
 
 def shares(schedule: Any, warmup: int, steps: int, at: list[int]) -> list[float]:

@@ -1,5 +1,6 @@
 import dataclasses
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -123,16 +124,17 @@ def test_shapes_with_shardings_keep_shape_and_type(mesh, shapes):
     assert found.sharding == sharding.parameters(shapes, mesh)["embedding"]
 
 
-def moments(kind, mesh, shapes):
+def moments(kind, mesh, shapes, moments_dtype: Any = "float32"):
     """Optimizer state's shapes, and where each would lie."""
-    tx = optimizer.make(config.Optimizer(kind=kind))
+    tx = optimizer.make(config.Optimizer(kind=kind, moments_dtype=moments_dtype))
     state = jax.eval_shape(tx.init, shapes)
     placed = sharding.parameters(shapes, mesh)
     return state, placed, sharding.like_parameters(state, shapes, placed, mesh)
 
 
-def test_moments_lie_where_their_parameters_do_and_counts_everywhere(mesh, shapes):
-    state, placed, found = moments("adamw", mesh, shapes)
+@pytest.mark.parametrize("moments_dtype", ["float32", "bfloat16"])
+def test_moments_lie_where_their_parameters_do_and_counts_everywhere(mesh, shapes, moments_dtype):
+    state, placed, found = moments("adamw", mesh, shapes, moments_dtype)
     adam = [part for part in found if isinstance(part, optax.ScaleByAdamState)][0]
     for moment in (adam.mu, adam.nu):
         jax.tree.map(lambda one, other: _same(one, other), moment, placed)

@@ -88,6 +88,7 @@ KINDS = {
         "reference.update_every": 2,
         "reference.update_weight": 0.5,
     },
+    "narrow": lambda: {"optimizer.moments_dtype": "bfloat16"},
     # statistics of tokens, from a table
     "ld_dpo": lambda: {"loss": config.Loss(losses.ld_dpo), "reference.cached": True},
 }
@@ -107,6 +108,7 @@ def run_killed(folder: Path, workdir: Path, step: int, sent: str, kind: str) -> 
         ("dpo", 1),
         ("bco", 5),
         pytest.param("kto", 5, marks=pytest.mark.slow),
+        pytest.param("narrow", 5, marks=pytest.mark.slow),
         pytest.param("ld_dpo", 5, marks=pytest.mark.slow),
     ],
 )
