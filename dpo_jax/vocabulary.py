@@ -54,7 +54,7 @@ class Others(NamedTuple):
     total: jax.Array  # float32 [B, S, T]: sum of exp(logit - largest)
     # float32 [T, B, S, D]: sum of exp(logit - largest) times the logit's gradient; None where no
     # gradient is wanted
-    slope: jax.Array | None
+    slope: Any
 
 
 class Own(NamedTuple):
@@ -64,6 +64,16 @@ class Own(NamedTuple):
     slope: jax.Array  # float32 [B, S, D]: the logit's gradient with respect to the hidden state
 
 
+class Softmax(NamedTuple):
+    """Of the whole vocabulary: probabilities are exp(logit - largest - log_total)."""
+
+    logp: jax.Array  # float32 [B, S]: log-probability of the scored token
+    largest: jax.Array  # float32 [B, S]: logit
+    # float32 [B, S]: log of the sum of exp(logit - largest); apart from `largest`, which may be so
+    # large that their sum in float32 would be off
+    log_total: jax.Array
+
+
 class Residuals(NamedTuple):
     """What the backward pass reads."""
 
@@ -71,8 +81,7 @@ class Residuals(NamedTuple):
     weights: Weights
     target: jax.Array  # [B, S]
     slope: jax.Array  # float32 [B, S, D]: gradient of each log-probability
-    normaliser: jax.Array  # float32 [B, S]: log of the sum of exp over the vocabulary
-    rest: jax.Array  # float32 [B, S]: probability of the other tokens
+    softmax: Softmax
 
 
 def token_logps(hidden: jax.Array, head: decoder.Head, target: jax.Array) -> jax.Array:
@@ -113,7 +122,7 @@ def scores(cut: Cut, hidden: jax.Array, weights: Weights, target: jax.Array) -> 
     """`token_logps` with the head in parts."""
     others = sum_others(cut, hidden, weights, target, None)
     own = find_own(cut, hidden, weights, target)
-    return -jax.nn.softplus(log_sum(others) - own.logit)
+    return find_softmax(others, own).logp
 
 
 def scores_forward(
@@ -123,12 +132,11 @@ def scores_forward(
     zeros = jnp.zeros((cut.parts, *hidden.shape), jnp.float32)
     others = sum_others(cut, hidden, weights, target, zeros)
     own = find_own(cut, hidden, weights, target)
-    # the token itself is apart from the others, so that nothing cancels where it is all but certain
-    logp = -jax.nn.softplus(log_sum(others) - own.logit)
-    rest, normaliser = -jnp.expm1(logp), own.logit - logp
-    shares = jnp.moveaxis(jnp.exp(others.largest - normaliser[..., None]), -1, 0)  # [T, B, S]
-    slope = rest[..., None] * own.slope - jnp.sum(shares[..., None] * others.slope, axis=0)
-    return logp, Residuals(hidden, weights, target, slope, normaliser, rest)
+    softmax = find_softmax(others, own)
+    wide = jax.tree.map(lambda leaf: leaf[None], softmax)
+    shares = probability(wide, jnp.moveaxis(others.largest, -1, 0))[..., None]  # [T, B, S, 1]
+    slope = rest(softmax)[..., None] * own.slope - jnp.sum(shares * others.slope, axis=0)
+    return softmax.logp, Residuals(hidden, weights, target, slope, softmax)
 
 
 def scores_backward(cut: Cut, kept: Residuals, cotangent: jax.Array) -> tuple:
@@ -138,9 +146,9 @@ def scores_backward(cut: Cut, kept: Residuals, cotangent: jax.Array) -> tuple:
         start = place(cut, number)
         matrix = slice_matrix(cut, kept.weights.matrix, start, kept.hidden.dtype)
         logits = stripe_logits(cut, kept.hidden, matrix, kept.weights.bias, start)
-        shares = -jnp.exp(logits - kept.normaliser[..., None, None])
+        shares = probability(jax.tree.map(lambda leaf: leaf[..., None, None], kept.softmax), logits)
         is_own = stripe_ids(cut, start) == kept.target[..., None, None]
-        slope = jnp.where(is_own, kept.rest[..., None, None], shares)
+        slope = jnp.where(is_own, rest(kept.softmax)[..., None, None], -shares)
         slope = slope * slope_of_cap(cut, logits) * cotangent[..., None, None]
         found = jnp.einsum(
             f"bsd,bstw->{axes(cut)}",
@@ -196,9 +204,26 @@ def sum_others(
     return jax.lax.scan(one, Others(zeros + LOWEST, zeros, slope), jnp.arange(cut.count))[0]
 
 
-def log_sum(others: Others) -> jax.Array:
-    """Log of the sum of exp of all other tokens' logits: [B, S]."""
-    return jax.nn.logsumexp(others.largest + jnp.log(others.total), axis=-1)
+def find_softmax(others: Others, own: Own) -> Softmax:
+    """What all parts and the token itself come to."""
+    largest = others.largest.max(axis=-1)
+    total = jnp.sum(others.total * jnp.exp(others.largest - largest[..., None]), axis=-1)
+    # The token stands apart from the others, so that nothing cancels where it is all but certain,
+    # and logits are subtracted from each other before anything is added to them.
+    logp = -jax.nn.softplus(jnp.log(total) + (largest - own.logit))
+    top = jnp.maximum(largest, own.logit)
+    log_total = jnp.log(total * jnp.exp(largest - top) + jnp.exp(own.logit - top))
+    return Softmax(logp, top, log_total)
+
+
+def probability(softmax: Softmax, logits: jax.Array) -> jax.Array:
+    """Of logits that broadcast against the fields of softmax."""
+    return jnp.exp(logits - softmax.largest - softmax.log_total)
+
+
+def rest(softmax: Softmax) -> jax.Array:
+    """Probability of all other tokens: [B, S]."""
+    return -jnp.expm1(softmax.logp)
 
 
 def find_own(cut: Cut, hidden: jax.Array, weights: Weights, target: jax.Array) -> Own:
