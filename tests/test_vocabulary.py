@@ -196,8 +196,9 @@ def test_logits_of_ten_thousand_do_no_harm():
     compare(found, expected, 1e-6)
 
 
-def test_an_id_outside_the_vocabulary_gives_nan():
-    case = draw(40)
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_id_outside_the_vocabulary_gives_nan(tied):
+    case = draw(40)._replace(tied=tied)
     case.target[1, 3] = 40
     found = find(case).logps
     assert np.isnan(found[1, 3]) and np.isnan(found).sum() == 1
