@@ -51,9 +51,11 @@ class Cache(NamedTuple):
 class Head(NamedTuple):
     """What turns hidden states into logits."""
 
-    matrix: jax.Array  # [D, V]
+    matrix: jax.Array  # [D, V], or [V, D] where it is the embedding
     bias: jax.Array | None = None  # [V]
     cap: float | None = None  # logits x become cap tanh(x / cap)
+    # an embedding is taken as it lies: turning it round would copy it
+    is_embedding: bool = False
 
 
 class Decoder(nn.Module):
@@ -230,14 +232,20 @@ def init_layers(key: jax.Array, config: DecoderConfig, count: int) -> dict:
 
 def head(params: dict, config: DecoderConfig) -> Head:
     """What turns the decoder's hidden states into logits, in float32."""
-    matrix = params["embedding"].T if config.tied_head else params["head"]
-    return Head(matrix, params.get("head_bias"), config.logit_cap)
+    matrix = params["embedding"] if config.tied_head else params["head"]
+    return Head(matrix, params.get("head_bias"), config.logit_cap, config.tied_head)
+
+
+def vocabulary_size(head: Head) -> int:
+    """V of a head."""
+    return head.matrix.shape[0 if head.is_embedding else 1]
 
 
 def logits(hidden: jax.Array, head: Head) -> jax.Array:
     """Logits of hidden states [..., D]: float32 [..., V]; the product is in hidden's type."""
     matrix = head.matrix.astype(hidden.dtype)
-    found = jnp.einsum("...d,dv->...v", hidden, matrix, preferred_element_type=jnp.float32)
+    axes = "vd" if head.is_embedding else "dv"
+    found = jnp.einsum(f"...d,{axes}->...v", hidden, matrix, preferred_element_type=jnp.float32)
     if head.bias is not None:
         found = found + head.bias.reshape((1,) * (found.ndim - 1) + (-1,))
     return found if head.cap is None else head.cap * jnp.tanh(found / head.cap)
