@@ -244,10 +244,13 @@ def base_of(adapter: Adapter) -> str:
 def make_decoder(
     shape: model_config.DecoderConfig, settings: config.Model, mesh
 ) -> decoder.Decoder:
-    """The decoder of a shape with the run's compute type and remat policy, its rows on the mesh."""
-    dtype = jnp.dtype(compute_type(settings))
-    rows = sharding.rows(mesh) if mesh.size > 1 else None
-    return decoder.Decoder(shape, dtype=dtype, remat=settings.remat, rows=rows)
+    """The decoder of a shape with the run's compute type and remat policy, on the mesh."""
+    return decoder.Decoder(
+        shape,
+        dtype=jnp.dtype(compute_type(settings)),
+        remat=settings.remat,
+        placement=sharding.placement(mesh),
+    )
 
 
 def write_model(folder: str, start: Initial) -> None:

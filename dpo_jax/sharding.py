@@ -134,6 +134,16 @@ def rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
+def placement(mesh: Mesh) -> decoder.Placement | None:
+    """Where the decoder's activations lie; None on one device."""
+    if mesh.size == 1:
+        return None
+    columns = P("data", None, RULES["width"])
+    return decoder.Placement(
+        rows(mesh), NamedSharding(mesh, P("data")), NamedSharding(mesh, columns)
+    )
+
+
 def put_batch(batch: dict, mesh: Mesh):
     """A host batch on the mesh, rows over the batch shards; `index` stays on the host."""
     arrays = {name: value for name, value in batch.items() if name != "index"}
