@@ -57,7 +57,7 @@ def forward_flops(shape: DecoderConfig) -> int:
     return of_tokens + of_pairs + 2 * shape.width * shape.vocabulary_size * ROWS * SCORED
 
 
-def compile_gradient(mesh: Any, remat: Any = "none", dtype: str = "float32") -> text.Program:
+def compile_gradient(mesh: Any, remat: Any = "none", dtype: Any = "float32") -> text.Program:
     """The gradient of a decoder's parameters, on a mesh."""
     model = initial.make_decoder(SHAPE, config.Model("tiny", dtype=dtype, remat=remat), mesh)
 
@@ -66,9 +66,9 @@ def compile_gradient(mesh: Any, remat: Any = "none", dtype: str = "float32") -> 
         logits = decoder.logits(hidden[:, :SCORED], decoder.head(params, SHAPE))
         return jnp.mean(jax.nn.logsumexp(logits, axis=-1))
 
-    integers = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32, sharding=sharding.rows(mesh))
+    integers: Any = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32, sharding=sharding.rows(mesh))
     params = sharding.with_shardings(decoder.shapes(SHAPE), mesh)
-    gradient = jax.jit(jax.grad(objective), out_shardings=sharding.parameters(params, mesh))
+    gradient: Any = jax.jit(jax.grad(objective), out_shardings=sharding.parameters(params, mesh))
     ids = attention.Ids(integers, integers, integers)
     return text.parse(gradient.lower(params, integers, ids).compile().as_text())
 
@@ -102,7 +102,7 @@ def test_flops_on_tpus_are_those_that_are_written_down(tpus, axes):
     assert costs.flops(found) * found.devices == pytest.approx(3 * forward_flops(SHAPE), rel=0.01)
 
 
-def compile_step(mesh: Any, dtype: str = "float32") -> text.Program:
+def compile_step(mesh: Any, dtype: Any = "float32") -> text.Program:
     """The gradient of DPO with a live reference, on a mesh."""
     model = initial.make_decoder(SHAPE, config.Model("tiny", dtype=dtype), mesh)
 
@@ -113,7 +113,7 @@ def compile_step(mesh: Any, dtype: str = "float32") -> text.Program:
     scoring = train_step.Scoring(score, live, contract.with_state(losses.dpo))
     rows, everywhere = sharding.rows(mesh), sharding.replicated(mesh)
 
-    def shape(*dims: int, dtype: Any = jnp.int32, where: Any = rows) -> jax.ShapeDtypeStruct:
+    def shape(*dims: int, dtype: Any = jnp.int32, where: Any = rows) -> Any:
         return jax.ShapeDtypeStruct(dims, dtype, sharding=where)
 
     batch: dict[str, Any] = {
@@ -125,7 +125,7 @@ def compile_step(mesh: Any, dtype: str = "float32") -> text.Program:
     params = sharding.with_shardings(decoder.shapes(SHAPE), mesh)
     state = train_step.TrainState(shape(where=everywhere), params, None)
     beta = {"beta": shape(dtype=jnp.float32, where=everywhere)}
-    run = jax.jit(
+    run: Any = jax.jit(
         functools.partial(train_step.whole, scoring),
         out_shardings=(sharding.parameters(params, mesh), None),
     )
