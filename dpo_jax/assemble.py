@@ -74,8 +74,8 @@ def assemble(
     started = found.initial._replace(params={})
     tx = optimizer.make(experiment.optimizer)
     schedule = optimizer.make_schedule(experiment.optimizer, experiment.steps)
-    anchor = load_reference(experiment, found, mesh)
-    identities = identify(found, anchor)
+    anchor, anchor_hash = load_reference(experiment, found, mesh)
+    identities = identify(found, anchor_hash)
     train, held_out, held_out_pairs = lay_out(experiment, found, mesh, anchor, identities)
     scoring = make_scoring(experiment, started)
     sampler = make_sampler(experiment, found, mesh)
@@ -109,16 +109,14 @@ def assemble(
     return run, state
 
 
-def identify(found: inputs.Inputs, anchor) -> dict[str, str]:
+def identify(found: inputs.Inputs, anchor_hash: str | None) -> dict[str, str]:
     """Content hashes of what a run reads."""
     hashes = {"training rows": found.train.fingerprint}
     if found.held_out is not None:
         hashes["held-out rows"] = found.held_out.fingerprint
-    hashes["initial policy"] = reference.fingerprint(initial.policy(found.initial))
-    if anchor is found.initial.params:
-        hashes["reference"] = hashes["initial policy"]
-    elif anchor is not None:
-        hashes["reference"] = reference.fingerprint(joined(found.initial, anchor))
+    hashes["initial policy"] = found.initial.identity
+    if anchor_hash is not None:
+        hashes["reference"] = anchor_hash
     return hashes
 
 
@@ -140,32 +138,39 @@ def hold_reference(experiment: config.Experiment, found: inputs.Inputs, anchor):
     """The parameters of a live reference: its own, since the step donates the policy's."""
     if not has_live_reference(experiment):
         return None
+    if anchor is not found.initial.params:
+        return anchor
     if experiment.reference.update_every is not None:
         return jax.tree.map(jnp.copy, anchor)
-    own = anchor is not found.initial.params
-    return frozen.hold(anchor, initial.held_as(experiment.model), donated=own)
+    held_as = initial.others_as(experiment.model)
+    return frozen.hold(anchor, held_as, held_as)
 
 
-def load_reference(experiment: config.Experiment, found: inputs.Inputs, mesh):
-    """Parameters of the reference on the mesh, in the form of `Held.reference`: the policy's own
-    where it is the initial policy; None without one.
+def load_reference(
+    experiment: config.Experiment, found: inputs.Inputs, mesh
+) -> tuple[Any, str | None]:
+    """Parameters of the reference on the mesh, in the form of `Held.reference`, and their hash: the
+    policy's own where it is the initial policy; None and None without one.
     """
     source, adapter = experiment.reference.source, found.initial.adapter
     if source is None:
-        return None
+        return None, None
     if source == "base" and adapter is None:
         raise ValueError(
             "reference.source is base, and there is no adapter that could be off: give "
             "--lora.rank, or --reference.source initial"
         )
     # a new adapter changes nothing yet, so that the initial policy is the base
-    if source == "base" or (is_initial(experiment) and found.initial.is_new):
-        return {}
+    if adapter is not None and (
+        source == "base" or (is_initial(experiment) and found.initial.is_new)
+    ):
+        return {}, initial.digest(adapter.base, adapter.held_as)
     if is_initial(experiment):
-        return found.initial.params
+        return found.initial.params, found.initial.identity
     # one that follows the policy is a mean of what is trained
     follows = experiment.reference.update_every is not None
-    loaded = initial.load(source, experiment.model, experiment.seed, mesh, trained=follows)
+    held_as = "float32" if follows else initial.others_as(experiment.model)
+    loaded = initial.load(source, experiment.model, experiment.seed, mesh, read_as=held_as)
     loaded = initial.merged(loaded, mesh)
     if loaded.model.config.vocabulary_size != found.initial.model.config.vocabulary_size:
         raise ValueError(
@@ -178,7 +183,8 @@ def load_reference(experiment: config.Experiment, found: inputs.Inputs, mesh):
             f"reference.source {source} has another shape than the policy "
             f"{experiment.model.source}; both are scored by one function, so they must agree"
         )
-    return loaded.params
+    held = loaded.params if follows else frozen.hold(loaded.params, held_as, held_as, donated=True)
+    return held, initial.digest(loaded.identity, held_as)
 
 
 def describe(experiment: config.Experiment, found: inputs.Inputs, held: train_step.Held) -> str:

@@ -104,7 +104,8 @@ class Lora:
     targets: tuple[Literal["query", "key", "value", "output", "gate", "up", "down"], ...] | None = (
         None
     )
-    # share of an adapter's inputs that is dropped, drawn at each step
+    # share of an adapter's inputs that is dropped, drawn at each step by row, and so another draw
+    # where a mesh or accumulation packs examples into other rows
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     # of a model.source that is a run with an adapter: train this adapter on, or merge it into the
     # weights and train a new one

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dpo_jax import config, initial, model_card, paths, sharding, stops
+from dpo_jax import config, initial, model_card, origins, paths, sharding, stops
 from dpo_jax.data import tokenizer
 from dpo_jax.model import hf_files, lora, peft, presets, weights
 
@@ -104,8 +104,8 @@ def adapter_settings(found: Source, options: Options) -> peft.Settings:
     adapter = found.initial.adapter
     assert adapter is not None
     settings = adapter.lora
-    base = options.base_model or initial.base_of(adapter)
-    if base in presets.PRESETS or paths.exists(paths.join(base, initial.MODEL)):
+    base = options.base_model or origins.base_of(adapter)
+    if base in presets.PRESETS or paths.exists(paths.join(base, origins.MODEL)):
         raise ValueError(
             f"the adapter of {found.name} was trained on {base}, which is no model in HF format: "
             f"export that first (python -m scripts.export {base} BASE), and give --base-model BASE"

@@ -4,22 +4,18 @@ adapter that is trained in its stead.
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import checkpoint, config, flags, paths, reference, sharding
+from dpo_jax import checkpoint, config, origins, paths, reference, sharding
 from dpo_jax.model import config as model_config
 from dpo_jax.model import decoder, frozen, lora, presets, weights
-
-# files of a run folder that make it a model's folder too
-MODEL, TOKENIZER, ADAPTER = "model.json", "tokenizer", "adapter.json"
-# the run's experiment; HF folders have a file of that name too
-RECORD = "config.json"
 
 
 class Initial(NamedTuple):
@@ -30,84 +26,80 @@ class Initial(NamedTuple):
     params: dict
     # where its tokenizer lies; None for a preset
     tokenizer: str | None
+    # hash of what its parameters were made of: the same on every mesh, however they were rounded
+    identity: str
     # of the checkpoint that it is read from; None where the source is no run folder
     step: int | None = None
     # the parameters under an adapter; {} where all are trained
     base: dict = {}
     # how to find the base again; None where all parameters are trained
-    adapter: "Adapter | None" = None
+    adapter: origins.Adapter | None = None
     # whether the adapter has not been trained yet
     is_new: bool = False
 
 
-class Adapter(NamedTuple):
-    """What a run's adapter is, and what it lies on; adapter.json holds it."""
-
-    lora: config.Lora
-    targets: tuple[str, ...]
-    # the model that the base was made of, as `prepare` makes it
-    source: str
-    # how the base is held
-    held_as: str
-    # of the source, where it is a preset, and of the new adapter
-    seed: int
-    # content hash of the base
-    base: str
-
-
 class Source(NamedTuple):
-    """Where a model comes from: the arguments of `load`."""
+    """Where a model comes from."""
 
     name: str
     settings: config.Model
     seed: int
 
 
-def load(source: str, settings: config.Model, seed: int, mesh, *, trained: bool = True) -> Initial:
+def load(
+    source: str, settings: config.Model, seed: int, mesh, *, read_as: str = "float32"
+) -> Initial:
     """The model of a source on the mesh, as it was trained: a run with an adapter is base and
-    adapter. Where its parameters will not be trained, files are read in the type that they will be
-    held in. ValueError says what a source may be.
+    adapter. Matrices of HF files are read as float32, or in the type that they will be held in.
+    ValueError says what a source may be.
     """
     if source in presets.PRESETS:
         shape = presets.PRESETS[source]
         placed = sharding.parameters(decoder.shapes(shape), mesh)
         make = jax.jit(functools.partial(decoder.init, shape), out_shardings=placed)
-        return Initial(make_decoder(shape, settings, mesh), make(jax.random.key(seed)), None)
-    if paths.exists(paths.join(source, ADAPTER)):
+        params = make(jax.random.key(seed))
+        # no hash of the values, whose last bits differ between meshes
+        identity = digest(source, dataclasses.asdict(shape), seed)
+        return Initial(make_decoder(shape, settings, mesh), params, None, identity)
+    if paths.exists(paths.join(source, origins.ADAPTER)):
         return load_adapted(source, settings, mesh)
-    if paths.exists(paths.join(source, MODEL)):
-        shape = read_shape(source)
+    step = None
+    if paths.exists(paths.join(source, origins.MODEL)):
+        shape = origins.read_shape(source)
         step, params = checkpoint.load_params(
             source, sharding.with_shardings(decoder.shapes(shape), mesh)
         )
-        return Initial(make_decoder(shape, settings, mesh), params, tokenizer_of(source), step)
-    dtype = np.float32 if trained else np.dtype(read_as(settings))
-    shape, params = weights.load(source, mesh, dtype)
-    return Initial(make_decoder(shape, settings, mesh), params, tokenizer_of(source))
+    else:
+        shape, params = weights.load(source, mesh, np.dtype(read_as))
+    identity = reference.fingerprint(params)
+    return Initial(
+        make_decoder(shape, settings, mesh), params, origins.tokenizer_of(source), identity, step
+    )
 
 
 def load_adapted(source: str, settings: config.Model, mesh) -> Initial:
     """Base and adapter of a run folder; ValueError where the base is not what it was."""
-    adapter = read_adapter(source)
-    held = dataclasses.replace(settings, frozen=adapter.held_as)
+    adapter = origins.read_adapter(source)
     try:
-        start = prepare(
-            load(adapter.source, held, adapter.seed, mesh, trained=False),
-            adapter.lora,
-            Source(adapter.source, held, adapter.seed),
-            mesh,
-        )
+        found = load(adapter.source, settings, adapter.seed, mesh, read_as=adapter.others_as)
+        start = make_base(found, adapter, mesh)
     except ValueError as error:
-        raise ValueError(f"{source} is an adapter of {adapter.source}: {error}") from error
-    if start.adapter is None or start.adapter.base != adapter.base:
+        raise ValueError(
+            f"{source} is an adapter of {adapter.source}, as {origins.ADAPTER} there says: {error}"
+        ) from error
+    if hash_of_base(found, adapter.lora) != adapter.base:
         raise ValueError(
             f"{source} is an adapter of {adapter.source}, whose weights have changed since: put "
             "them back"
         )
-    shapes = lora.shapes(start.model.config, adapter.targets, start.adapter.lora.rank or 0)
+    shapes = lora.shapes(found.model.config, adapter.targets, adapter.lora.rank or 0)
     step, params = checkpoint.load_params(source, sharding.with_shardings(shapes, mesh))
-    return Initial(
-        start.model, params, tokenizer_of(source), step, base=start.base, adapter=adapter
+    return start._replace(
+        params=params,
+        tokenizer=origins.tokenizer_of(source),
+        identity=digest(adapter.base, reference.fingerprint(params)),
+        step=step,
+        adapter=adapter,
     )
 
 
@@ -117,25 +109,75 @@ def prepare(start: Initial, settings: config.Lora, source: Source, mesh) -> Init
     """
     if settings.rank is None:
         return merged(start, mesh)
-    is_new = start.adapter is None or settings.start == "new"
-    if start.adapter is not None and not is_new:
+    if start.adapter is None and settings.start == "new":
+        raise ValueError(
+            f"lora.start is new, and {source.name} has no adapter that could be trained on: leave "
+            "it out"
+        )
+    goes_on = continues(start, settings)
+    if goes_on and start.adapter is not None:
         check_same(settings, start.adapter, source)
-        base, params, targets = start.base, start.params, start.adapter.targets
+        targets, linear, others = (
+            start.adapter.targets,
+            start.adapter.held_as,
+            start.adapter.others_as,
+        )
     else:
         targets = lora.find_targets(start.model.config, settings.targets)
-        whole = merged(start, mesh).params
-        base = frozen.hold(whole, held_as(source.settings), donated=True)
-        params = new_adapter(start.model.config, settings, targets, source.seed, mesh)
-    is_here = paths.is_local(source.name) and os.path.exists(source.name)
-    adapter = Adapter(
+        linear, others = held_as(source.settings), others_as(source.settings)
+    adapter = origins.Adapter(
         settings,
         targets,
-        os.path.abspath(source.name) if is_here else source.name,
-        held_as(source.settings),
+        absolute(source.name),
         source.seed,
-        reference.fingerprint(base),
+        linear,
+        others,
+        hash_of_base(start, settings),
     )
-    return start._replace(params=params, base=base, adapter=adapter, is_new=is_new)
+    made = make_base(start, adapter, mesh)
+    if goes_on:
+        return made
+    params = new_adapter(start.model.config, settings, adapter.targets, source.seed, mesh)
+    identity = digest(adapter.base, adapter.held_as, source.seed, *adapter.targets)
+    return made._replace(params=params, identity=identity, is_new=True)
+
+
+def continues(start: Initial, settings: config.Lora) -> bool:
+    """Whether the adapter of a model is trained on."""
+    return start.adapter is not None and settings.start == "continue"
+
+
+def make_base(start: Initial, adapter: origins.Adapter, mesh) -> Initial:
+    """The model with the base that an adapter lies on: its own where that adapter goes on, else all
+    of its parameters, whose arrays are deleted.
+    """
+    if continues(start, adapter.lora):
+        return start._replace(adapter=adapter)
+    whole = merged(start, mesh).params
+    base = frozen.hold(whole, adapter.held_as, adapter.others_as, donated=True)
+    return start._replace(params={}, base=base, adapter=adapter)
+
+
+def hash_of_base(start: Initial, settings: config.Lora) -> str:
+    """Hash of what the base of an adapter on a model is made of."""
+    if start.adapter is not None and continues(start, settings):
+        return start.adapter.base
+    return start.identity
+
+
+def digest(*parts: Any) -> str:
+    """A hash of values, which go in as text."""
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def absolute(source: str) -> str:
+    """A local folder by its absolute path, so that it is found from elsewhere too; any other source
+    as it is.
+    """
+    is_here = source not in presets.PRESETS and paths.is_local(source)
+    return (
+        os.path.abspath(os.path.expanduser(source)) if is_here and os.path.isdir(source) else source
+    )
 
 
 def merged(start: Initial, mesh) -> Initial:
@@ -175,7 +217,7 @@ def new_adapter(
     return make(jax.random.fold_in(jax.random.key(seed), 1))
 
 
-def check_same(settings: config.Lora, adapter: Adapter, source: Source) -> None:
+def check_same(settings: config.Lora, adapter: origins.Adapter, source: Source) -> None:
     """Raises ValueError where a run would go on with an adapter of another form."""
     for name in ("rank", "alpha", "rank_stabilised", "targets"):
         mine, its = getattr(settings, name), getattr(adapter.lora, name)
@@ -194,51 +236,18 @@ def check_same(settings: config.Lora, adapter: Adapter, source: Source) -> None:
 
 
 def held_as(settings: config.Model) -> str:
-    """The type of matrices that are not trained."""
+    """The type of an adapter's base's linear maps."""
     return settings.frozen or compute_type(settings)
 
 
-def read_as(settings: config.Model) -> str:
-    """The type in which parameters are read that are not trained."""
-    # the other parameters of a base in int8 are in the compute type
+def others_as(settings: config.Model) -> str:
+    """The type of other matrices that are not trained."""
     return compute_type(settings) if settings.frozen == frozen.INT8 else held_as(settings)
 
 
 def compute_type(settings: config.Model) -> str:
     """The compute type."""
     return settings.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-
-
-def tokenizer_of(source: str) -> str | None:
-    """Where the tokenizer of a model lies; None for a preset."""
-    if source in presets.PRESETS:
-        return None
-    is_run = paths.exists(paths.join(source, MODEL))
-    return paths.join(source, TOKENIZER) if is_run else source
-
-
-def lineage(source: str) -> list[dict]:
-    """The experiments of a run folder and of the runs that it started from, the latest first; none
-    for another source. They are as config.json has them.
-    """
-    found = []
-    while paths.exists(paths.join(source, MODEL)) and paths.exists(paths.join(source, RECORD)):
-        found.append(flags.read_config(source)["experiment"])
-        source = found[-1]["model"]["source"]
-    return found
-
-
-def origin(source: str) -> str:
-    """The preset or HF model that a run folder started from in the end; another source itself."""
-    runs = lineage(source)
-    return runs[-1]["model"]["source"] if runs else source
-
-
-def base_of(adapter: Adapter) -> str:
-    """The source of an adapter's base, through the runs whose adapter it went on with."""
-    while adapter.lora.start == "continue" and paths.exists(paths.join(adapter.source, ADAPTER)):
-        adapter = read_adapter(adapter.source)
-    return adapter.source
 
 
 def make_decoder(
@@ -251,25 +260,3 @@ def make_decoder(
         remat=settings.remat,
         placement=sharding.placement(mesh),
     )
-
-
-def write_model(folder: str, start: Initial) -> None:
-    """Writes into a run folder what makes it a model's folder too, but for the tokenizer."""
-    shape = dataclasses.asdict(start.model.config)
-    paths.write_text(paths.join(folder, MODEL), json.dumps(shape, indent=2))
-    if start.adapter is not None:
-        record = start.adapter._asdict() | {"lora": dataclasses.asdict(start.adapter.lora)}
-        paths.write_text(paths.join(folder, ADAPTER), json.dumps(record, indent=2))
-
-
-def read_adapter(folder: str) -> Adapter:
-    """What the adapter of a run folder is."""
-    record = json.loads(paths.read_text(paths.join(folder, ADAPTER)))
-    targets = tuple(record["targets"])
-    settings = config.Lora(**{**record["lora"], "targets": targets})
-    return Adapter(**{**record, "lora": settings, "targets": targets})
-
-
-def read_shape(folder: str) -> model_config.DecoderConfig:
-    """The model's shape of a run folder."""
-    return model_config.from_json(json.loads(paths.read_text(paths.join(folder, MODEL))))

@@ -35,7 +35,9 @@ def load(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Inputs:
     check_switches(experiment)
     sharding.check_batch_size(experiment.batch_size, experiment.microbatches, mesh)
     source = initial.Source(experiment.model.source, experiment.model, experiment.seed)
-    start = initial.load(*source, mesh, trained=experiment.lora.rank is None)
+    is_trained = experiment.lora.rank is None
+    read_as = "float32" if is_trained else initial.others_as(experiment.model)
+    start = initial.load(*source, mesh, read_as=read_as)
     start = initial.prepare(start, experiment.lora, source, mesh)
     words = tokenizer.load_tokenizer(experiment.data, start.tokenizer)
     vocabulary = start.model.config.vocabulary_size
@@ -57,6 +59,18 @@ def load(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Inputs:
             "sample from: give --data.evaluation-source or --data.held-out"
         )
     return Inputs(start, words, train, held_out, pairs)
+
+
+def with_absolute_sources(experiment: config.Experiment) -> config.Experiment:
+    """The experiment with the absolute paths of model and reference, so that a run folder tells
+    where they lie wherever it is read.
+    """
+    model, anchor = experiment.model, experiment.reference
+    source = None if anchor.source is None else initial.absolute(anchor.source)
+    return experiment.replace(
+        model=dataclasses.replace(model, source=initial.absolute(model.source)),
+        reference=dataclasses.replace(anchor, source=source),
+    )
 
 
 def load_examples(
@@ -112,16 +126,31 @@ def check_lora(experiment: config.Experiment) -> None:
                     f"lora.{field.name} is {value}, and lora.rank is None, so that there is no "
                     "adapter: give --lora.rank, or leave it out"
                 )
-        if experiment.model.frozen == "int8":
-            raise ValueError(
-                "model.frozen is int8, and lora.rank is None: a reference in int8 would differ "
-                "from a policy that is not; give --lora.rank, or another --model.frozen"
-            )
+        check_frozen(experiment)
     elif experiment.reference.update_every is not None:
         raise ValueError(
             f"reference.update_every is {experiment.reference.update_every}, and lora.rank is "
             f"{settings.rank}: a reference can only follow a policy of which all parameters are "
             "trained; leave one out"
+        )
+
+
+def check_frozen(experiment: config.Experiment) -> None:
+    """Raises ValueError for model.frozen where all parameters are trained, and nothing is held or
+    the reference would be rounded and the policy not.
+    """
+    held, settings = experiment.model.frozen, experiment.reference
+    if held is None:
+        return
+    if settings.source is None or settings.cached or settings.update_every is not None:
+        raise ValueError(
+            f"model.frozen is {held}, and this run holds nothing that is not trained: leave it out"
+        )
+    compute = initial.compute_type(experiment.model)
+    if held == "int8" or (held, compute) == ("bfloat16", "float32"):
+        raise ValueError(
+            f"model.frozen is {held}, the compute type {compute} and lora.rank None: the reference "
+            "would be rounded and the policy not; give --lora.rank, or leave it out"
         )
 
 

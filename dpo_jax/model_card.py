@@ -3,7 +3,7 @@
 import json
 from typing import Any, NamedTuple
 
-from dpo_jax import flags, initial, paths, runs
+from dpo_jax import flags, origins, paths, runs
 from dpo_jax.data import hub
 from dpo_jax.model import presets
 
@@ -91,7 +91,7 @@ def read(source: str, step: int | None) -> Facts:
 
 def find_base(source: str) -> str | None:
     """The HF model that a source is or started from; None where that is a preset, or gone."""
-    origin = initial.origin(source)
+    origin = origins.origin(source)
     if origin in presets.PRESETS:
         return None
     return origin if paths.is_folder(origin) or hub.NAME.fullmatch(origin) else None
@@ -143,7 +143,9 @@ def loss_name(facts: Facts) -> str:
 
 def about(facts: Facts, dtype: str) -> str:
     """One sentence of what the model is."""
-    start = facts.base or f"random weights of the preset {initial.origin(facts.source)}"
+    origin = origins.origin(facts.source)
+    is_preset = origin in presets.PRESETS
+    start = facts.base or (f"random weights of the preset {origin}" if is_preset else origin)
     return (
         f"A language model that started from {start} and was trained with the loss "
         f"{loss_name(facts)} by dpo_jax, after step {facts.step} of {facts.fields['steps']}, "

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 
-from dpo_jax import initial, paths
+from dpo_jax import origins, paths
 from dpo_jax.data import hub, tokenizer
 from dpo_jax.model import presets
 
@@ -21,11 +21,11 @@ def find(source: str, words: tokenizer.Tokenizer, texts: Sequence[str] = ()) -> 
 
 def of_model(source: str) -> list[int]:
     """The ids of the HF model that a source is or started from; none where it is a preset."""
-    runs = initial.lineage(source)
+    runs = origins.lineage(source)
     # ids of the model's own tokenizer are other words in another
     if any(experiment["data"]["tokenizer"] is not None for experiment in runs):
         return []
-    return end_ids(initial.origin(source))
+    return end_ids(origins.origin(source))
 
 
 def end_ids(source: str) -> list[int]:

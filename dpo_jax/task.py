@@ -14,7 +14,17 @@ from pathlib import Path
 import filelock
 import jax
 
-from dpo_jax import config, flags, generate, initial, paths, reference, sharding, train
+from dpo_jax import (
+    config,
+    flags,
+    generate,
+    initial,
+    origins,
+    paths,
+    reference,
+    sharding,
+    train,
+)
 from dpo_jax.data import builtin, tokenizer
 from dpo_jax.model import config as model_config
 from dpo_jax.model import presets
@@ -52,7 +62,7 @@ def prepare(experiment: config.Experiment) -> config.Experiment:
     if source == SOURCE:
         is_sft = data.examples == "sft"
         source = task.model if is_sft else str(make_sft(task, experiment.log))
-    if data.tokenizer is None and initial.tokenizer_of(source) is None:
+    if data.tokenizer is None and origins.tokenizer_of(source) is None:
         data = dataclasses.replace(data, tokenizer=str(make_corpus(task) / "tokenizer"))
     if data.source == SOURCE:
         is_sft = data.examples == "sft"

@@ -27,10 +27,10 @@ from dpo_jax import (
     contract,
     evaluate,
     flags,
-    initial,
     inputs,
     logps,
     metrics,
+    origins,
     paths,
     reference,
     sharding,
@@ -52,6 +52,7 @@ def train(experiment: config.Experiment, experiment_file: str | Path) -> None:
     FloatingPointError when the loss stops being finite. SIGTERM saves a checkpoint and exits with
     status 143.
     """
+    experiment = inputs.with_absolute_sources(experiment)
     folder = find_folder(experiment)
     if paths.exists(paths.join(folder, DONE)):
         print(f"{folder} is done: nothing to do")
@@ -63,9 +64,9 @@ def train(experiment: config.Experiment, experiment_file: str | Path) -> None:
         flags.write_run(folder, experiment, experiment_file)
     check_inputs(folder, run.identities)
     inputs.write_reports(folder, {"train": run.train, "held_out": run.held_out})
-    if not paths.exists(paths.join(folder, initial.MODEL)):
-        run.tokenizer.save(paths.join(folder, initial.TOKENIZER))
-        initial.write_model(folder, run.initial)
+    if not paths.exists(paths.join(folder, origins.MODEL)):
+        run.tokenizer.save(paths.join(folder, origins.TOKENIZER))
+        origins.write(folder, run.initial.model.config, run.initial.adapter)
     record = flags.to_json(experiment, experiment_file)
     with checkpoint.make_checkpointer(folder, experiment.checkpoint) as checkpointer:
         run, state = resume(checkpointer, run, state)
@@ -302,7 +303,11 @@ def check_identity(run: assemble.Run, deviation: float) -> None:
     differently.
     """
     tolerance = TOLERANCE[np.dtype(run.initial.model.dtype).name]
-    if not assemble.is_initial(run.experiment) or math.isnan(deviation) or deviation <= tolerance:
+    # what is dropped makes an adapter differ from itself, unless it is new and adds nothing
+    is_noisy = run.experiment.lora.dropout > 0 and not run.initial.is_new
+    if not assemble.is_initial(run.experiment) or is_noisy:
+        return
+    if math.isnan(deviation) or deviation <= tolerance:
         return
     cause = (
         "the cached log-probabilities are of other weights or rows: remove the cache's folder "

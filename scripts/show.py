@@ -13,13 +13,13 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=3)
     own, rest = parser.parse_known_args()
     experiment, _ = flags.from_command_line(rest, program)
-    from dpo_jax import initial, task
+    from dpo_jax import origins, task
     from dpo_jax.data import show, tokenise, tokenizer
 
     try:
         experiment = task.prepare(experiment)
         data = experiment.data
-        words = tokenizer.load_tokenizer(data, initial.tokenizer_of(experiment.model.source))
+        words = tokenizer.load_tokenizer(data, origins.tokenizer_of(experiment.model.source))
         tokenised, _ = tokenise.load(data, words, data.examples)
         print(show.examples(data, words, own.count), end="\n\n")
         print(show.rows(tokenised, experiment.batch_size, experiment.seed))

@@ -18,7 +18,7 @@ MODELS = test_lora.MODELS
 def test_a_forward_pass_in_bfloat16_is_the_same_with_matrices_held_in_it(name):
     model = MODELS[name]
     params = jax.tree.map(jnp.asarray, tiny.draw_params(model))
-    held = frozen.hold(params, "bfloat16")
+    held = frozen.hold(params, "bfloat16", "bfloat16")
     module = decoder.Decoder(model, dtype=jnp.bfloat16)
 
     @jax.jit
@@ -33,7 +33,7 @@ def test_a_forward_pass_in_bfloat16_is_the_same_with_matrices_held_in_it(name):
 
 def test_what_is_held_is_a_copy():
     params = jax.tree.map(jnp.asarray, tiny.draw_params(tiny.DECODER))
-    held = frozen.hold(params, "float32")
+    held = frozen.hold(params, "float32", "float32")
     for mine, its in zip(jax.tree.leaves(held), jax.tree.leaves(params), strict=True):
         assert mine.unsafe_buffer_pointer() != its.unsafe_buffer_pointer()
         np.testing.assert_array_equal(mine, its)
@@ -42,7 +42,7 @@ def test_what_is_held_is_a_copy():
 @pytest.mark.parametrize("name", MODELS)
 def test_int8_has_a_scale_for_each_output_and_is_off_by_half_a_step_at_most(name):
     params = jax.tree.map(jnp.asarray, tiny.draw_params(MODELS[name]))
-    held = frozen.hold(params, "int8")
+    held = frozen.hold(params, "int8", "float32")
     linear_maps = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         weights: Any = held
@@ -68,7 +68,7 @@ def test_int8_has_a_scale_for_each_output_and_is_off_by_half_a_step_at_most(name
 def test_a_decoder_computes_with_int8_what_it_computes_with_the_values_it_stands_for(name, dtype):
     model = MODELS[name]
     params = jax.tree.map(jnp.asarray, tiny.draw_params(model))
-    held = frozen.hold(params, "int8")
+    held = frozen.hold(params, "int8", "float32")
     module, adapter = decoder.Decoder(model, dtype=dtype), test_lora.draw_adapter(model)
 
     def loss(adapter, base) -> tuple[jax.Array, jax.Array]:
@@ -98,7 +98,7 @@ def test_backpropagation_keeps_int8_values_and_no_multiplied_out_ones():
         return jnp.sum(hidden)
 
     def temporaries(held_as: str) -> int:
-        base = frozen.hold(params, held_as)
+        base = frozen.hold(params, held_as, "float32")
         compiled = jax.jit(jax.grad(loss)).lower(adapter, base).compile()
         analysis: Any = compiled.memory_analysis()
         return analysis.temp_size_in_bytes

@@ -26,6 +26,7 @@ UPPER = (
     *("dpo_jax.train", "dpo_jax.train_step", "dpo_jax.run", "dpo_jax.task", "dpo_jax.evaluate"),
     *("dpo_jax.checkpoint", "dpo_jax.sweep", "dpo_jax.report", "experiments", "scripts"),
     *("dpo_jax.export", "dpo_jax.initial", "dpo_jax.sample", "dpo_jax.stops"),
+    "dpo_jax.origins",
 )
 # modules that are used where jax would cost a second, or is not installed
 WITHOUT_JAX = (

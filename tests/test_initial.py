@@ -17,6 +17,7 @@ from dpo_jax import (
     initial,
     inputs,
     losses,
+    origins,
     reference,
     sample,
     sharding,
@@ -147,19 +148,19 @@ def test_a_run_with_an_adapter_resumes_bit_for_bit(folder, tmp_path, mesh):
     assert losses_of[0] == losses_of[1]
 
 
-def start_of(folder, workdir, mesh, source: Path, **changes) -> tuple[assemble.Run, float, str]:
+def start_of(folder, workdir, mesh, source: Path, **changes) -> tuple[assemble.Run, float]:
     """A run from an SFT adapter, assembled, and its loss at the first batch."""
     fields = {**RANK, "model.source": str(source), "lora.targets": None, **changes}
     run, state = assemble.assemble(tiny.experiment(folder, workdir, **fields), mesh)
     _, batch, _ = next(train.batches(run, 0))
     _, values = run.step(state, run.held, batch, run.numbers)
-    return run, float(values["loss"]), ""
+    return run, float(values["loss"])
 
 
 def test_training_goes_on_from_an_sft_adapter_against_what_the_reference_says(
     folder, tmp_path, sft, mesh, capsys
 ):
-    run, loss, _ = start_of(folder, tmp_path / "run", mesh, sft)
+    run, loss = start_of(folder, tmp_path / "run", mesh, sft)
     assert loss == pytest.approx(np.log(2), rel=1e-6)
     printed = capsys.readouterr().out
     assert f"training the adapter of 3,328 parameters on {sft}" in printed
@@ -167,7 +168,7 @@ def test_training_goes_on_from_an_sft_adapter_against_what_the_reference_says(
     anchor = run.held.reference
     assert set(checkpoint.shapes(anchor)) == set(load_checkpoint(sft)["params"])
 
-    off, loss, _ = start_of(folder, tmp_path / "run", mesh, sft, **{"reference.source": "base"})
+    off, loss = start_of(folder, tmp_path / "run", mesh, sft, **{"reference.source": "base"})
     assert abs(loss - np.log(2)) > 1e-3
     assert off.held.reference == {}
     assert "reference: the base with the adapter off" in capsys.readouterr().out
@@ -175,12 +176,12 @@ def test_training_goes_on_from_an_sft_adapter_against_what_the_reference_says(
 
 def test_a_new_adapter_or_all_parameters_start_from_the_merged_weights(folder, tmp_path, sft, mesh):
     merged = jax.device_get(lora.merge(params_of(sft, mesh)))
-    new, loss, _ = start_of(
+    new, loss = start_of(
         folder, tmp_path / "run", mesh, sft, **{"lora.start": "new", "lora.targets": ("up",)}
     )
     assert loss == pytest.approx(np.log(2), rel=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), new.held.base, merged)
-    whole, loss, _ = start_of(folder, tmp_path / "run", mesh, sft, **{"lora.rank": None})
+    whole, loss = start_of(folder, tmp_path / "run", mesh, sft, **{"lora.rank": None})
     assert loss == pytest.approx(np.log(2), rel=1e-6)
     assert whole.held.base == {}
     jax.tree.map(
@@ -211,8 +212,62 @@ def test_a_base_that_has_changed_is_refused(folder, tmp_path, mesh):
     with pytest.raises(ValueError, match="an adapter of .*model, whose weights have changed"):
         initial.load(str(tmp_path / "run"), config.Model(), 0, mesh)
     shutil.rmtree(model)
-    with pytest.raises(ValueError, match="run is an adapter of .*model: there is no folder"):
+    with pytest.raises(ValueError, match="run is an adapter of .*model, as .*: there is no folder"):
         initial.load(str(tmp_path / "run"), config.Model(), 0, mesh)
+
+
+def test_a_run_loads_on_another_mesh_than_it_was_trained_on(folder, tmp_path, sft):
+    fields = {**RANK, "model.source": str(sft), "lora.start": "new", "steps": 1}
+    train.train(tiny.experiment(folder, tmp_path / "new", **fields), tiny.FILE)
+    fields = {**RANK, "model.source": str(tmp_path / "new"), "steps": 1}
+    train.train(tiny.experiment(folder, tmp_path / "dpo", **fields), tiny.FILE)
+    wide = sharding.make_mesh(config.Mesh(fsdp=1, tensor=2, data=4), jax.devices())
+    one = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+    for name in ("new", "dpo"):
+        first, second = (
+            jax.device_get(initial.load(str(tmp_path / name), config.Model(), 0, mesh).params)
+            for mesh in (wide, one)
+        )
+        jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_a_base_keeps_its_types_whatever_the_compute_type_of_who_reads_it(folder, tmp_path, mesh):
+    model = tmp_path / "model"
+    weights.save(model, PRESETS["tiny"], tiny.draw_params(PRESETS["tiny"]))
+    fields = {**RANK, "model.source": str(model), "model.frozen": "int8", "steps": 1}
+    fields |= {"model.dtype": "bfloat16"}
+    train.train(tiny.experiment(folder, tmp_path / "run", **fields), tiny.FILE)
+    again = initial.load(str(tmp_path / "run"), config.Model(dtype="float32"), 0, mesh)
+    assert again.base["embedding"].dtype == jnp.bfloat16
+    assert again.base["norm"]["scale"].dtype == jnp.float32
+    # no --model.frozen: the adapter goes on over the base that it was trained on
+    fields = {**RANK, "model.source": str(tmp_path / "run"), "steps": 1}
+    train.train(tiny.experiment(folder, tmp_path / "on", **fields), tiny.FILE)
+    on = initial.load(str(tmp_path / "on"), config.Model(), 0, mesh)
+    jax.tree.map(np.testing.assert_array_equal, again.base, on.base)
+    assert on.adapter is not None and on.adapter.held_as == "int8"
+
+
+def test_a_source_is_found_from_another_folder(folder, tmp_path, mesh, monkeypatch):
+    weights.save(tmp_path / "model", PRESETS["tiny"], tiny.draw_params(PRESETS["tiny"]))
+    monkeypatch.chdir(tmp_path)
+    fields = {**RANK, "model.source": "model", "steps": 1}
+    train.train(tiny.experiment(folder, tmp_path / "run", **fields), tiny.FILE)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = initial.load("../run", config.Model(), 0, mesh)
+    assert found.adapter is not None and found.adapter.source == str(tmp_path / "model")
+    assert origins.origin("../run") == str(tmp_path / "model")
+
+
+def test_a_folder_is_a_models_only_when_all_its_files_are_there(tmp_path, monkeypatch):
+    adapter = origins.Adapter(config.Lora(rank=2), ("up",), "tiny", 0, "float32", "float32", "")
+    written = []
+    monkeypatch.setattr(
+        "dpo_jax.paths.write_text", lambda name, text: written.append(Path(name).name)
+    )
+    origins.write(str(tmp_path), PRESETS["tiny"], adapter)
+    assert written == ["adapter.json", "model.json"]
 
 
 def test_a_base_in_int8_starts_at_log_2_learns_and_takes_a_quarter(folder, tmp_path, mesh):
@@ -240,12 +295,20 @@ def train_losses(folder, workdir, **changes) -> list[float]:
     return [line["loss"] for line in tiny.metrics(workdir) if "loss" in line]
 
 
-def test_dropout_is_drawn_anew_at_each_step_alike_in_all_ways_to_accumulate(folder, tmp_path):
+def test_dropout_is_drawn_anew_at_each_step_and_seed(folder, tmp_path):
     one = train_losses(folder, tmp_path / "one", **{"lora.dropout": 0.5})
     plain = train_losses(folder, tmp_path / "plain")
     assert one[0] == plain[0] and abs(one[1] - plain[1]) > 1e-4
     other = train_losses(folder, tmp_path / "other", **{"lora.dropout": 0.5, "seed": 1})
     assert abs(one[1] - other[1]) > 1e-5
+
+
+def test_an_adapter_that_goes_on_may_drop_its_inputs(folder, tmp_path, sft):
+    found = train_losses(
+        folder, tmp_path / "run", **{"model.source": str(sft), "lora.dropout": 0.3}
+    )
+    # the policy drops and the reference does not, so that they differ before any step
+    assert 1e-5 < abs(found[0] - np.log(2)) < 0.1
 
 
 def test_evaluation_drops_nothing(folder, tmp_path, mesh):
@@ -256,12 +319,9 @@ def test_evaluation_drops_nothing(folder, tmp_path, mesh):
     state = dataclasses.replace(state, params=moved)
     twice = [train.evaluation(run, str(tmp_path), state, 0)["eval/loss"] for _ in range(2)]
     assert twice[0] == twice[1]
-    whole = assemble.joined(run.initial, moved)
-    expected = initial.Initial(run.initial.model, whole, None)
     plain, _ = assemble.assemble(tiny.experiment(folder, tmp_path / "run", **RANK), mesh)
     found = train.evaluation(plain, str(tmp_path), state, 0)["eval/loss"]
     assert found == pytest.approx(twice[0], rel=1e-6)
-    assert expected.base == {}
 
 
 @pytest.mark.parametrize(
@@ -269,7 +329,16 @@ def test_evaluation_drops_nothing(folder, tmp_path, mesh):
     [
         ({"lora.alpha": 32.0}, r"lora\.alpha is 32\.0, and lora\.rank is None"),
         ({"lora.targets": ("up",)}, r"lora\.targets is \('up',\), and lora\.rank is None"),
-        ({"model.frozen": "int8"}, r"model\.frozen is int8, and lora\.rank is None"),
+        ({"model.frozen": "int8"}, r"model\.frozen is int8, .* and lora\.rank None: the reference"),
+        (
+            {"model.frozen": "bfloat16"},
+            r"model\.frozen is bfloat16, the compute type float32 and lora\.rank None",
+        ),
+        (
+            {"model.frozen": "float32", "reference.cached": True},
+            r"model\.frozen is float32, and this run holds nothing that is not trained",
+        ),
+        ({"lora.rank": 4, "lora.start": "new"}, r"lora\.start is new, and tiny has no adapter"),
         ({"reference.source": "base"}, r"reference\.source is base, and there is no adapter"),
         (
             {"lora.rank": 4, "reference.update_every": 2},
@@ -319,7 +388,7 @@ def test_matrices_of_a_reference_are_held_in_the_compute_type_and_score_the_same
 
 def test_the_fingerprint_of_an_int8_base_sees_values_and_scales(mesh):
     params = initial.load("tiny", config.Model(), 0, mesh).params
-    held = frozen.hold(params, "int8")
+    held = frozen.hold(params, "int8", "float32")
     other = jax.tree.map(lambda leaf: leaf, held)
     kernel = other["layers"]["mlp"]["up"]["kernel"]
     other["layers"]["mlp"]["up"]["kernel"] = kernel.astype(jnp.float32)

@@ -286,8 +286,9 @@ def test_a_tokenizer_larger_than_the_model_is_refused(folder: Path, tmp_path: Pa
 def test_a_reference_that_is_not_the_policy_at_step_0_stops_the_run(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def shifted(score, params, batch):
-        return {n: s._replace(total=s.total + s.length) for n, s in score(params, batch).items()}
+    def shifted(score, held, batch):
+        found = score(held.reference, held, batch)
+        return {name: one._replace(total=one.total + one.length) for name, one in found.items()}
 
     monkeypatch.setattr("dpo_jax.reference.live", shifted)
     with pytest.raises(ValueError, match=r"at step 0 .* differ by up to 1 nats a token"):

@@ -11,19 +11,22 @@ from dpo_jax.model import layers, products
 
 INT8 = "int8"
 EXPERTS = ("gate", "up", "down")
+# those that are no linear map of a layer, and the router, which stays out of int8
+MATRICES = ("embedding", "positions", "head", "router")
 
 
-def hold(params: dict, held_as: str, *, donated: bool = False) -> dict:
-    """A copy of parameters for forward passes only, with the matrices as `held_as` says.
+def hold(params: dict, held_as: str, others_as: str, *, donated: bool = False) -> dict:
+    """A copy of parameters for forward passes only, with matrices in less memory.
 
-    float32 or bfloat16: all matrices; a forward pass in the same type is not changed by it. int8:
-    the linear maps of the layers, with a float32 scale for each output; embedding and output matrix
-    stay as they are. Vectors always do, for norms are computed in float32. Donated parameters are
+    The layers' linear maps are held as float32, bfloat16 or int8 with a float32 scale for each
+    output, other matrices as float32 or bfloat16; a forward pass in the same type is not changed by
+    that. Vectors stay as they are, for norms are computed in float32. Donated parameters are
     deleted one by one, so that no second set of them is in memory.
     """
 
     def one(path: tuple, leaf: jax.Array) -> Any:
-        held = hold_one(path, leaf, held_as)
+        keys = tuple(entry.key for entry in path)
+        held = hold_one(keys, leaf, held_as, others_as)
         if donated:
             jax.block_until_ready(held)
             leaf.delete()
@@ -32,16 +35,19 @@ def hold(params: dict, held_as: str, *, donated: bool = False) -> dict:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def hold_one(path: tuple, leaf: jax.Array, held_as: str) -> Any:
+def hold_one(keys: tuple[str, ...], leaf: jax.Array, held_as: str, others_as: str) -> Any:
     """A copy of one parameter as `hold` has it."""
-    keys = tuple(entry.key for entry in path)
     inputs = input_axes(keys)
-    stacked = keys[0] in ("layers", "remainder")
-    if held_as == INT8:
-        return leaf.copy() if inputs is None else quantise(leaf, inputs)
-    # of a stack of layers, vectors have two axes
-    is_matrix = inputs is not None or (not stacked and leaf.ndim == 2) or keys[-1] == "router"
-    return jnp.array(leaf, jnp.dtype(held_as) if is_matrix else leaf.dtype, copy=True)
+    if inputs is not None and held_as == INT8:
+        return quantise(leaf, inputs)
+    kind = held_as if inputs is not None else others_as
+    dtype = jnp.dtype(kind) if is_matrix(keys) else leaf.dtype
+    return jnp.array(leaf, dtype, copy=True)
+
+
+def is_matrix(keys: tuple[str, ...]) -> bool:
+    """Whether a parameter by its path is a matrix of a decoder, and no vector of norm or bias."""
+    return input_axes(keys) is not None or keys[-1] in MATRICES
 
 
 def input_axes(keys: tuple[str, ...]) -> tuple[int, ...] | None:

@@ -109,7 +109,10 @@ def read_json(file: pathlib.Path) -> dict:
     try:
         return json.loads(file.read_text())
     except FileNotFoundError:
-        raise ValueError(f"{file} is missing; the folder must be in HF format") from None
+        cure = "the folder must be in HF format"
+        if file.with_name("adapter_config.json").exists():
+            cure = "the folder holds an adapter alone: merge it into its base, and give that"
+        raise ValueError(f"{file} is missing; {cure}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
 
@@ -132,6 +135,14 @@ def find_folder(source: str) -> pathlib.Path:
     )
 
 
+def is_whole(folder: pathlib.Path) -> bool:
+    """Whether a folder of the hub's cache has config.json and all weights; downloads can be cut."""
+    try:
+        return (folder / CONFIG).exists() and bool(find_tensors(folder))
+    except ValueError:
+        return False
+
+
 def download(name: str) -> pathlib.Path:
     """The folder of a hub model: the local cache's, or else downloaded into it."""
     import huggingface_hub
@@ -144,13 +155,13 @@ def download(name: str) -> pathlib.Path:
     )
     try:
         folder = pathlib.Path(fetch(local_files_only=True))
-        if (folder / CONFIG).exists() and any(folder.glob("model*.safetensors")):
+        if is_whole(folder):
             return folder
     except errors.LocalEntryNotFoundError:
         pass
     missing = (
         f"there is no folder {name!r}, it is none of the presets ({', '.join(PRESETS)}), and the "
-        f"hub's model of that name is not in the local cache"
+        f"hub's model of that name is not in the local cache, or not with all of its files"
     )
     if constants.HF_HUB_OFFLINE:
         raise ValueError(f"{missing}; HF_HUB_OFFLINE forbids to fetch it")

@@ -114,6 +114,7 @@ class Norm(nn.Module):
         lifted = (1,) * (hidden.ndim - self.axes) + shape
         plus_one = self.config.norm == "rms_plus_one"
         scale = self.param("scale", nn.initializers.constant(0.0 if plus_one else 1.0), shape)
+        scale = scale.astype(jnp.float32)
         scale = (scale + 1 if plus_one else scale).reshape(lifted)
         hidden = hidden.astype(jnp.float32)
         if self.config.norm == "layer":

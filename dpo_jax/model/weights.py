@@ -20,7 +20,7 @@ import safetensors.numpy
 from jax.sharding import Mesh, Sharding
 
 from dpo_jax import sharding
-from dpo_jax.model import decoder, hf_config, hf_files, tensors
+from dpo_jax.model import decoder, frozen, hf_config, hf_files, tensors
 from dpo_jax.model.config import DecoderConfig
 from dpo_jax.model.families import FAMILIES
 
@@ -65,7 +65,8 @@ class Source(NamedTuple):
 def load(
     source: str | os.PathLike, mesh: Mesh | None = None, dtype: Any = np.float32
 ) -> tuple[DecoderConfig, dict]:
-    """Config and parameters (float32 or bfloat16) of a folder in HF format or a hub name.
+    """Config and parameters of a folder in HF format or a hub name: matrices in float32 or
+    bfloat16, vectors in float32, in which norms are computed.
 
     They lie on the mesh as `sharding.parameters` says; without one, in host memory (NumPy). Raises
     ValueError that names what is missing, unexpected, unsupported or of the wrong shape, before
@@ -74,7 +75,10 @@ def load(
     check_dtype(dtype)
     found = find_source(hf_files.find_folder(str(source)))
     readers = {
-        path: functools.partial(read_slice, found, path, dtype=dtype) for path in found.shapes
+        path: functools.partial(
+            read_slice, found, path, dtype=dtype if frozen.is_matrix(path) else np.float32
+        )
+        for path in found.shapes
     }
     if mesh is None:
         params = {
