@@ -43,7 +43,7 @@ StackFrames
   %param_0 = bf16[8,16]{1,0:T(8,128)(2,1)S(1)} parameter(0)
   %constant.7 = f32[] constant(0)
   %reduce.1 = f32[8]{0:T(128)} reduce(%param_0, %constant.7), dimensions={1}, \
-to_apply=%region_0.1, metadata={op_name="jit(f)/a \\"b\\" {c}, (d/reduce_sum" stack_frame_id=1}
+metadata={op_name="jit(f)/a \\"b\\" {c}, (d/reduce_sum" stack_frame_id=1}, to_apply=%region_0.1
   %constant.8 = s32[2,2]{1,0} constant({ { 1, 2 }, { 3, 4 } })
   %constant.9 = s32[] constant(3)
   ROOT %tuple.1 = (f32[8]{0:T(128)}, /*index=1*/s32[]{:T(128)}) tuple(%reduce.1, %constant.9)
@@ -56,13 +56,17 @@ ENTRY %main.2_spmd (p.1: f32[8,16]) -> f32[8] {
 calls=%fused_computation, backend_config={"flag_configs":[],"x":"{,)"}
   ROOT %get-tuple-element = f32[8]{0:T(128)} get-tuple-element(%fusion), index=0
 }
+
+%after (x.2: f32[]) -> f32[] {
+  ROOT %x.2 = f32[]{:T(128)} parameter(0)
+}
 """
 
 
 def test_text_of_a_tpu_is_read():
     found = text.parse(TPU)
     assert (found.name, found.entry, found.devices) == ("jit_f", "main.2_spmd", 8)
-    assert list(found.computations) == ["region_0.1", "fused_computation", "main.2_spmd"]
+    assert list(found.computations) == ["region_0.1", "fused_computation", "main.2_spmd", "after"]
     inner = found.computations["fused_computation"]
     assert inner.root == "tuple.1"
     assert inner.instructions["tuple.1"] == text.Instruction(
