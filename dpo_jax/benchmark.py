@@ -66,6 +66,10 @@ class Result(NamedTuple):
     rates: list[float]
     # share of the computed positions that are useful; None where it does not say
     fill: float | None
+    # of the compiled step for each useful token; None where it does not say
+    flops: float | None
+    # what is not in it
+    uncounted: list[str]
     first_step: float
     compile: float | None
     peak: int
@@ -189,6 +193,8 @@ def take_turns(
                 contender.name,
                 rates[contender.name],
                 sum(useful) / last["computed"] if last.get("computed") else None,
+                last["flops"] / sum(useful) if "flops" in last else None,
+                last.get("uncounted", []),
                 contender.ready["first_step"],
                 contender.ready.get("compile"),
                 last["peak"],
@@ -284,8 +290,9 @@ def work(stepper: benchmark_layouts.Stepper, orders: Iterator[str]) -> None:
             seconds.append(time.perf_counter() - once)
         done += len(seconds)
         say({"seconds": seconds})
-    computed = sum(tokens for _, tokens in batches)
-    say({"peak": benchmark_layouts.peak_memory(), "computed": computed})
+    peak, computed = benchmark_layouts.peak_memory(), sum(tokens for _, tokens in batches)
+    counted = benchmark_layouts.count_flops(stepper, state, [batch for batch, _ in batches])
+    say({"peak": peak, "computed": computed, **counted})
 
 
 def say(message: dict[str, Any]) -> None:
@@ -325,19 +332,24 @@ def describe(record: Mapping[str, Any]) -> str:
         f"{record['device']}, {record['settings']['batch_size']} examples a step; matrix products "
         f"at {rate / 1e9:,.0f} GFLOP/s; the floor is {floor / 1e6:,.1f} MFLOP a useful token",
         "",
-        "| layout | useful tokens/s | slower than the first by | fill | share of the product rate |"
-        " peak memory | first step | compile |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| layout | useful tokens/s | slower than the first by | fill | FLOPs / floor |"
+        " share of the product rate | peak memory | first step | compile |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for result in results:
         rates = np.array(result["rates"])
         median = float(np.median(rates))
         ratio = float(np.median(first / rates))
         fill = "" if result["fill"] is None else f"{result['fill']:.1%}"
+        flops = "" if result["flops"] is None else f"{result['flops'] / floor:.2f}"
         compiled = "" if result["compile"] is None else f"{result['compile']:.1f} s"
         lines.append(
             f"| {result['name']} | {median:,.0f} ({rates.min():,.0f} to {rates.max():,.0f}) | "
-            f"{ratio:.2f} | {fill} | {median * floor / rate:.0%} | "
+            f"{ratio:.2f} | {fill} | {flops} | {median * floor / rate:.0%} | "
             f"{result['peak'] / 2**30:.2f} GiB | {result['first_step']:.1f} s | {compiled} |"
         )
+    for result in results:
+        if result["uncounted"]:
+            left_out = "; ".join(result["uncounted"])
+            lines += ["", f"Not in the FLOPs of {result['name']}: {left_out}."]
     return "\n".join(lines)

@@ -8,7 +8,7 @@ import functools
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ import numpy as np
 
 from dpo_jax import assemble, config, contract, logps, optimizer, sharding, train, train_step
 from dpo_jax.data import pack, tokenise
+from dpo_jax.hlo import costs, text
 from dpo_jax.model import attention, decoder
 
 # rows of the padded layout have a multiple of so many tokens, so that few shapes compile
@@ -28,6 +29,8 @@ class Stepper(NamedTuple):
 
     # (state, batch) -> state, metrics
     step: Callable
+    # (state, batch) -> the compiled step
+    compile: Callable
     state: Any
     # of the steps from the first on: batch on the mesh, and how many tokens are computed
     batches: Iterator[tuple[dict, int]]
@@ -40,8 +43,11 @@ def make_packed(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Stepp
     def step(state, batch: dict):
         return run.step(state, run.held, batch, run.numbers)
 
+    def compile(state, batch: dict):
+        return run.step.lower(state, run.held, batch, run.numbers).compile()
+
     found = ((batch, batch["tokens"].size) for _, batch, _ in train.batches(run, 0))
-    return Stepper(step, state, found)
+    return Stepper(step, compile, state, found)
 
 
 def make_cached(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Stepper:
@@ -64,9 +70,15 @@ def make_padded(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Stepp
     loss, tx = experiment.loss, optimizer.make(experiment.optimizer)
     scoring = train_step.Scoring(score, score_reference, contract.with_state(loss.function))
     schedule = optimizer.make_schedule(experiment.optimizer, experiment.steps)
-    step = jax.jit(
+    jitted: Any = jax.jit(
         train_step.make_train_step(scoring, tx, schedule, train_step.whole), donate_argnums=0
     )
+
+    def step(state, batch: dict):
+        return jitted(state, run.held, batch, run.numbers)
+
+    def compile(state, batch: dict):
+        return jitted.lower(state, run.held, batch, run.numbers).compile()
 
     def batches() -> Iterator[tuple[dict, int]]:
         for number in range(experiment.steps):
@@ -77,7 +89,7 @@ def make_padded(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Stepp
             batch = pad(data, chosen)
             yield sharding.put_batch(batch, mesh), batch["tokens"].size
 
-    return Stepper(lambda state, batch: step(state, run.held, batch, run.numbers), state, batches())
+    return Stepper(step, compile, state, batches())
 
 
 LAYOUTS: dict[str, Callable[[config.Experiment, jax.sharding.Mesh], Stepper]] = {
@@ -125,6 +137,21 @@ def score_padded(model: decoder.Decoder, params, batch: dict) -> dict[str, logps
     totals = jnp.where(scored, values, 0.0).sum(axis=1).reshape(len(batch["length"]), -1)
     lengths = batch["length"]
     return {name: logps.Logps(totals[c], lengths[name]) for c, name in enumerate(sorted(lengths))}
+
+
+def count_flops(stepper: Stepper, state, batches: Sequence[dict]) -> dict[str, Any]:
+    """FLOPs of the compiled steps over the batches on all devices together ("flops"), and what of
+    the steps cannot be counted ("uncounted").
+    """
+    programs: dict[str, text.Program] = {}
+    total = 0
+    for batch in batches:
+        shape = str(jax.tree.map(jnp.shape, batch))
+        if shape not in programs:
+            programs[shape] = text.parse(stepper.compile(state, batch).as_text())
+        total += costs.flops(programs[shape]) * programs[shape].devices
+    named = [name for program in programs.values() for name in costs.uncounted(program)]
+    return {"flops": total, "uncounted": sorted(set(named))}
 
 
 def matmul_rate(dtype: Any, size: int = 2048, repeats: int = 9) -> float:

@@ -149,6 +149,16 @@ def constrain(array: jax.Array, mesh: AbstractMesh, spec: P) -> jax.Array:
     return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, P(*fitting)))
 
 
+def placement(mesh: Mesh) -> decoder.Placement | None:
+    """Where the decoder's activations lie; None on one device."""
+    if mesh.size == 1:
+        return None
+    columns = P("data", None, RULES["width"])
+    return decoder.Placement(
+        rows(mesh), NamedSharding(mesh, P("data")), NamedSharding(mesh, columns)
+    )
+
+
 def put_batch(batch: dict, mesh: Mesh):
     """A host batch on the mesh, rows over the batch shards; `index` stays on the host."""
     arrays = {name: value for name, value in batch.items() if name != "index"}

@@ -69,7 +69,7 @@ def attend(
     """
     run = functools.partial(attend_rows, Form(scale, window, cap))
     inputs = query, key, value, query_ids, key_ids
-    if rows is None or len(query) % attention.shards(rows):
+    if rows is None or not attention.divides(query.shape[:1], rows):
         return run(*inputs)
     divides = key.shape[2] % rows.mesh.shape[HEADS_AXIS] == 0
     heads = P(rows.spec[0], None, HEADS_AXIS if divides else None, None)

@@ -58,6 +58,17 @@ class Head(NamedTuple):
     is_embedding: bool = False
 
 
+class Placement(NamedTuple):
+    """Where activations lie on a mesh."""
+
+    # hidden states [B, L, D]
+    rows: NamedSharding
+    # tokens [B, L] that are looked up in a table whose columns lie on several devices, and what is
+    # found [B, L, D], with its columns on those devices, before it goes to the rows' place
+    tokens: NamedSharding
+    columns: NamedSharding
+
+
 class Decoder(nn.Module):
     """Tokens to the hidden states that `head` and `logits` turn into logits."""
 
@@ -66,9 +77,9 @@ class Decoder(nn.Module):
     dtype: Any = jnp.float32
     # what the backward pass computes again: none, the dots' inputs only, or each whole layer
     remat: Literal["none", "dots", "full"] = "none"
-    # where rows of hidden states lie, [B, ...] over the shards of B; None: on one device, or left
-    # to the compiler, which then moves activations to the parameters of a mesh and not the reverse
-    rows: NamedSharding | None = None
+    # where activations lie on a mesh; None: left to the compiler, which would move them to the
+    # shards of the parameters and not the parameters to them
+    placement: Placement | None = None
     # attention of rows to themselves, with the signature of `attention.attend`
     attend: Callable = attention.attend
 
@@ -121,18 +132,31 @@ def embed(decoder: Decoder, tokens: jax.Array, position: jax.Array) -> jax.Array
     table = decoder.param(
         "embedding", nn.initializers.normal(0.02), (config.vocabulary_size, config.width)
     )
-    # Cast after the look-up, so that the table's gradient is summed in float32. An id outside the
-    # vocabulary gives nan, which is seen, and not the row nearest to it.
-    hidden = jnp.take(table, tokens, axis=0).astype(decoder.dtype)
+    hidden = look_up(decoder, table, tokens)
     if config.scaled_embedding:
         # The root is rounded to the compute type, as where these models were trained.
         hidden = hidden * jnp.asarray(math.sqrt(config.width), decoder.dtype)
     if config.position_offset is not None:
         shape = config.max_positions + config.position_offset, config.width
         learned = decoder.param("positions", nn.initializers.normal(0.02), shape)
-        rows = jnp.take(learned, position + config.position_offset, axis=0)
-        hidden = hidden + rows.astype(decoder.dtype)
+        hidden = hidden + look_up(decoder, learned, position + config.position_offset)
     return hidden
+
+
+def look_up(decoder: Decoder, table: jax.Array, index: jax.Array) -> jax.Array:
+    """The rows [B, L, D] of a table [V, D] in the compute type.
+
+    On a mesh each device finds its columns, for more rows than its own, and they are exchanged:
+    neither the table nor its gradient moves.
+    """
+    placement, shape = decoder.placement, (*index.shape, table.shape[1])
+    apart = placement is not None and attention.divides(shape, placement.columns)
+    if apart:
+        index = jax.lax.with_sharding_constraint(index, placement.tokens)
+    # Cast after the look-up, so that the table's gradient is summed in float32. An id outside the
+    # vocabulary gives nan, which is seen, and not the row nearest to it.
+    found = jnp.take(table, index, axis=0).astype(decoder.dtype)
+    return jax.lax.with_sharding_constraint(found, placement.columns) if apart else found
 
 
 def keep_rows(decoder: Decoder, hidden: jax.Array) -> jax.Array:
@@ -140,9 +164,9 @@ def keep_rows(decoder: Decoder, hidden: jax.Array) -> jax.Array:
 
     Rows that do not divide over the shards are left to the compiler.
     """
-    if decoder.rows is None or len(hidden) % attention.shards(decoder.rows):
+    if decoder.placement is None or not attention.divides(hidden.shape, decoder.placement.rows):
         return hidden
-    return jax.lax.with_sharding_constraint(hidden, decoder.rows)
+    return jax.lax.with_sharding_constraint(hidden, decoder.placement.rows)
 
 
 def run_layers(decoder: Decoder, carry: tuple, places: layers.Places) -> tuple:
