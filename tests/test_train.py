@@ -73,7 +73,8 @@ def test_steps_counted_in_tokens_do_not_go_on_with_other_shards(folder: Path, tm
     train.train(run, tiny.FILE)
     (tmp_path / "run" / "DONE").unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda devices=jax.devices(): devices[:1])
+        one = jax.devices()[:1]
+        patch.setattr(jax, "devices", lambda: one)
         with pytest.raises(ValueError, match="started with other batch shards, by which batch_tok"):
             train.train(run, tiny.FILE)
 
