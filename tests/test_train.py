@@ -19,7 +19,6 @@ from dpo_jax import assemble, checkpoint, config, flags, initial, losses, shardi
 from dpo_jax.data import builtin, pack
 from tests import tiny
 
-
 # without evaluations, whose programs take longer to compile than a few steps to run
 ALONE = {"evaluate_every": None, "checkpoint_every": None, "data.evaluation_source": None}
 
