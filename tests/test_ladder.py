@@ -134,6 +134,16 @@ def test_what_is_picked_is_near_the_best_of_all_choices(count):
     assert least <= ladder.step_costs(candidates, picked).mean() <= 1.01 * least
 
 
+def test_one_by_one_is_not_where_picking_ends():
+    # halves and then a quarter are added first, and thirds are cheaper
+    needed = np.arange(1, 100)
+    shapes = [rows.Shape(1, int(tokens), 0, 9) for tokens in range(3, 100, 3)]
+    fits = np.array([needed <= one.tokens for one in shapes])
+    cost = np.array([float(one.tokens) for one in shapes])
+    picked = ladder.pick(ladder.Candidates(shapes, cost, fits), 3)
+    assert [shapes[one].tokens for one in picked] == [33, 66, 99]
+
+
 def test_more_shapes_never_cost_more_and_every_sampled_step_fits_one():
     sampled = draw(60, 32)
     found = ladder.climb(sampled, 2, rows.Most(199, 198))

@@ -275,6 +275,8 @@ def test_steps_counted_in_tokens_are_a_function_of_data_seed_step_and_parts(draw
     # a longer run begins with the same steps
     assert starts(by_tokens(data, number=60))[:41] == starts(plan)
     assert pack.fingerprint(by_tokens(data, parts=8)) != pack.fingerprint(plan)
+    other_end = dataclasses.replace(plan, starts=np.array([*starts(plan)[:-1], 0]))
+    assert pack.fingerprint(other_end) != pack.fingerprint(plan)
 
 
 def test_an_example_longer_than_the_rows_of_batch_tokens_is_refused_with_what_is_needed(

@@ -38,6 +38,14 @@ def test_scored_tokens_alone_can_close_a_row():
     assert assigned is not None and sorted(map(len, assigned)) == [1, 2]
 
 
+def test_a_step_that_would_fit_if_its_examples_could_be_cut_does_not_fit():
+    three, one = np.full(3, 5), np.full(3, 1)
+    for step in (rows.Sizes(three, one), rows.Sizes(three, three)):
+        assert rows.assign(step, rows.Shape(2, 10, 10, 3)) is not None
+    assert rows.assign(rows.Sizes(three, one), rows.Shape(2, 9, 10, 3)) is None
+    assert rows.assign(rows.Sizes(three, three), rows.Shape(2, 10, 9, 3)) is None
+
+
 def test_the_examples_of_a_row_alone_can_close_it():
     step = rows.Sizes(np.full(4, 1), np.full(4, 1))
     assert rows.assign(step, rows.Shape(2, 100, 100, 1)) is None
