@@ -15,6 +15,9 @@ from dpo_jax import vocabulary
 from dpo_jax.model import decoder
 
 ROWS = 4
+HEADER = """\
+| width | tokens | vocabulary | head | all logits | stripes | stripes / all logits |
+| ---: | ---: | ---: | --- | ---: | ---: | ---: |"""
 
 
 class Size(NamedTuple):
@@ -86,17 +89,12 @@ def make_gradient(way: Callable, size: Size) -> Callable:
     return jax.jit(jax.value_and_grad(total, (0, 1) if size.trained else (0,)))
 
 
-def describe(results: list[Result]) -> str:
-    """A Markdown table: medians, and the median of the rounds' ratios."""
-    lines = [
-        "| width | tokens | vocabulary | head | all logits | stripes | stripes / all logits |",
-        "| ---: | ---: | ---: | --- | ---: | ---: | ---: |",
-    ]
-    for size, stripes, logits in results:
-        kind = f"{'tied' if size.tied else 'apart'}, {'trained' if size.trained else 'frozen'}"
-        ratio = float(np.median(np.array(stripes) / np.array(logits)))
-        lines.append(
-            f"| {size.width} | {size.tokens} | {size.vocabulary:,} | {kind} | "
-            f"{np.median(logits):.3f} s | {np.median(stripes):.3f} s | {ratio:.2f} |"
-        )
-    return "\n".join(lines)
+def describe(result: Result) -> str:
+    """A line of a Markdown table: medians, and the median of the rounds' ratios."""
+    size, stripes, logits = result
+    kind = f"{'tied' if size.tied else 'apart'}, {'trained' if size.trained else 'frozen'}"
+    ratio = float(np.median(np.array(stripes) / np.array(logits)))
+    return (
+        f"| {size.width} | {size.tokens} | {size.vocabulary:,} | {kind} | "
+        f"{np.median(logits):.3f} s | {np.median(stripes):.3f} s | {ratio:.2f} |"
+    )

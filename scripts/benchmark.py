@@ -33,7 +33,9 @@ def main() -> None:
     if own.logps:
         from dpo_jax import benchmark_logps
 
-        print(benchmark_logps.describe(list(benchmark_logps.run(own.rounds))))
+        print(benchmark_logps.HEADER, flush=True)
+        for result in benchmark_logps.run(own.rounds):
+            print(benchmark_logps.describe(result), flush=True)
         return
     experiment, file = flags.from_command_line(rest, PROGRAM)
     from dpo_jax import benchmark, benchmark_layouts, sharding
