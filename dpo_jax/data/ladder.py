@@ -77,8 +77,8 @@ def climb(steps: rows.Sizes, parts: int, longest: rows.Most) -> Ladder:
     holds any step once it has enough rows.
     """
     tokens = steps.tokens.sum(axis=1).mean()
-    wanted = {round(tokens / (longest.tokens * length) / parts) * parts for length in LENGTHS}
-    layouts = [lay_out(steps, max(number, parts)) for number in sorted(wanted)]
+    wanted = [round(tokens / (longest.tokens * length) / parts) * parts for length in LENGTHS]
+    layouts = [lay_out(steps, number) for number in sorted({max(one, parts) for one in wanted})]
     return choose(steps, make_candidates(layouts), longest)
 
 
