@@ -5,6 +5,7 @@ Dimensions: N examples, R = 2 N rows of the padded layout, L tokens, V vocabular
 
 import dataclasses
 import functools
+import re
 import resource
 import sys
 import time
@@ -18,10 +19,12 @@ import numpy as np
 from dpo_jax import assemble, config, contract, logps, optimizer, sharding, train, train_step
 from dpo_jax.data import pack, tokenise
 from dpo_jax.hlo import costs, text
-from dpo_jax.model import attention, decoder
+from dpo_jax.model import attention, blocks, decoder
 
 # rows of the padded layout have a multiple of so many tokens, so that few shapes compile
 MULTIPLE = 64
+# the loop over a block's pairs, by the name that the compiler gives it
+PAIRS = re.compile(r"loop .*/attention/")
 
 
 class Stepper(NamedTuple):
@@ -31,6 +34,8 @@ class Stepper(NamedTuple):
     step: Callable
     # (state, batch) -> the compiled step
     compile: Callable
+    # batch -> `mean_pairs`
+    pairs: Callable[[dict], float | None]
     state: Any
     # of the steps from the first on: batch on the mesh, and how many tokens are computed
     batches: Iterator[tuple[dict, int]]
@@ -47,7 +52,8 @@ def make_packed(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Stepp
         return run.step.lower(state, run.held, batch, run.numbers).compile()
 
     found = ((batch, batch["tokens"].size) for _, batch, _ in train.batches(run, 0))
-    return Stepper(step, compile, state, found)
+    pairs = functools.partial(mean_pairs, run.initial.model)
+    return Stepper(step, compile, pairs, state, found)
 
 
 def make_cached(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Stepper:
@@ -56,8 +62,21 @@ def make_cached(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Stepp
     return make_packed(experiment.replace(reference=reference), mesh)
 
 
+def make_plain(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Stepper:
+    """The same with attention of all pairs of a row's tokens."""
+    return make_packed(with_plain_attention(experiment), mesh)
+
+
+def with_plain_attention(experiment: config.Experiment) -> config.Experiment:
+    """The run with attention of all pairs of a row's tokens."""
+    return experiment.replace(model=dataclasses.replace(experiment.model, attention="plain"))
+
+
 def make_padded(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Stepper:
-    """A row for each completion, with the prompt again, padded to the longest, with all logits."""
+    """A row for each completion, with the prompt again, padded to the longest, with all logits and
+    attention of all pairs of tokens.
+    """
+    experiment = with_plain_attention(experiment)
     run, state = assemble.assemble(experiment, mesh)
     score_rows = functools.partial(score_padded, run.initial.model)
 
@@ -86,12 +105,13 @@ def make_padded(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Stepp
             batch = pad(data, pack.examples(len(data.prompts), plan, number))
             yield sharding.put_batch(batch, mesh), batch["tokens"].size
 
-    return Stepper(step, compile, state, batches())
+    return Stepper(step, compile, lambda batch: None, state, batches())
 
 
 LAYOUTS: dict[str, Callable[[config.Experiment, jax.sharding.Mesh], Stepper]] = {
     "packed": make_packed,
     "cached": make_cached,
+    "plain": make_plain,
     "padded": make_padded,
 }
 
@@ -139,6 +159,8 @@ def score_padded(model: decoder.Decoder, params, batch: dict) -> dict[str, logps
 def count_flops(stepper: Stepper, state, batches: Sequence[dict]) -> dict[str, Any]:
     """FLOPs of the compiled steps over the batches on all devices together ("flops"), and what of
     the steps cannot be counted ("uncounted").
+
+    Attention in blocks is counted by the pairs of blocks that it computes on each batch.
     """
     programs: dict[str, text.Program] = {}
     total = 0
@@ -146,9 +168,27 @@ def count_flops(stepper: Stepper, state, batches: Sequence[dict]) -> dict[str, A
         shape = str(jax.tree.map(jnp.shape, batch))
         if shape not in programs:
             programs[shape] = text.parse(stepper.compile(state, batch).as_text())
-        total += costs.flops(programs[shape]) * programs[shape].devices
-    named = [name for program in programs.values() for name in costs.uncounted(program)]
-    return {"flops": total, "uncounted": sorted(set(named))}
+        pairs = stepper.pairs(batch)
+        counted = costs.flops(programs[shape], unknown_length=1 if pairs is None else pairs)
+        total += counted * programs[shape].devices
+    named = {name for program in programs.values() for name in costs.uncounted(program)}
+    is_told = all(stepper.pairs(batch) is not None for batch in batches)
+    left_out = [name for name in named if not (is_told and PAIRS.search(name))]
+    return {"flops": total, "uncounted": sorted(left_out)}
+
+
+def mean_pairs(model: decoder.Decoder, batch: dict) -> float | None:
+    """Pairs of blocks that attention computes for each block of queries of a batch, over the kinds
+    of layers; None where it computes all tokens at once.
+    """
+    if model.attend is attention.attend:
+        return None
+    ids = attention.Ids(*(np.asarray(batch[name]) for name in attention.Ids._fields))
+    counts = [
+        np.mean(blocks.list_pairs_of_rows(ids, ids, kind.window).count)
+        for kind in model.config.block
+    ]
+    return float(np.mean(counts))
 
 
 def matmul_rate(dtype: Any, size: int = 2048, repeats: int = 9) -> float:

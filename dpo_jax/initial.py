@@ -255,7 +255,8 @@ def make_decoder(
 ) -> decoder.Decoder:
     """The decoder of a shape as the run computes with it, on the mesh."""
     placement = sharding.placement(mesh)
-    by_default = "blocks" if jax.default_backend() == "cpu" else "plain"
+    # of the mesh, which may be one that is compiled for and not here
+    by_default = "blocks" if mesh.devices.flat[0].platform == "cpu" else "plain"
     attend = attention.attend
     if (settings.attention or by_default) == "blocks":
         rows = None if placement is None else placement.rows

@@ -59,7 +59,8 @@ def forward_flops(shape: DecoderConfig) -> int:
 
 def compile_gradient(mesh: Any, remat: Any = "none", dtype: Any = "float32") -> text.Program:
     """The gradient of a decoder's parameters, on a mesh."""
-    model = initial.make_decoder(SHAPE, config.Model("tiny", dtype=dtype, remat=remat), mesh)
+    settings = config.Model("tiny", dtype=dtype, remat=remat, attention="plain")
+    model = initial.make_decoder(SHAPE, settings, mesh)
 
     def objective(params, tokens, ids):
         hidden: Any = model.apply({"params": params}, tokens, ids)
