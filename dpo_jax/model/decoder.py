@@ -144,14 +144,17 @@ def look_up(decoder: Decoder, table: jax.Array, index: jax.Array) -> jax.Array:
     On a mesh each device finds its columns, for more rows than its own, and they are exchanged:
     neither the table nor its gradient moves.
     """
-    placement, shape = decoder.placement, (*index.shape, table.shape[1])
-    apart = placement is not None and divides(shape, placement.columns)
-    if apart:
+    placement = decoder.placement
+    if placement is not None and not divides((*index.shape, table.shape[1]), placement.columns):
+        placement = None
+    if placement is not None:
         index = jax.lax.with_sharding_constraint(index, placement.tokens)
     # Cast after the look-up, so that the table's gradient is summed in float32. An id outside the
     # vocabulary gives nan, which is seen, and not the row nearest to it.
     found = jnp.take(table, index, axis=0).astype(decoder.dtype)
-    return jax.lax.with_sharding_constraint(found, placement.columns) if apart else found
+    if placement is None:
+        return found
+    return jax.lax.with_sharding_constraint(found, placement.columns)
 
 
 def keep_rows(decoder: Decoder, hidden: jax.Array) -> jax.Array:
