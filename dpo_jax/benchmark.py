@@ -10,6 +10,7 @@ Dimensions: N examples of a step.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -24,7 +25,8 @@ import jax
 import numpy as np
 
 from dpo_jax import benchmark_layouts, config, environment, inputs, sharding
-from dpo_jax.data import pack, tokenise
+from dpo_jax.data import rows, tokenise
+from dpo_jax.data import steps as data_steps
 from dpo_jax.model import config as model_config
 from dpo_jax.model import weights
 
@@ -91,11 +93,12 @@ def run(
     experiment = trimmed(experiment, steps)
     mesh = sharding.make_mesh(experiment.mesh, jax.devices())
     found = inputs.load(experiment, mesh)
+    count, starts = len(found.train.prompts), data_steps.by_number(experiment.batch_size, steps)
     examples = [
-        pack.step_examples(len(found.train.prompts), experiment.batch_size, experiment.seed, step)
-        for step in range(steps)
+        data_steps.between(count, experiment.seed, int(first), int(last))
+        for first, last in itertools.pairwise(starts)
     ]
-    useful = [int(pack.sizes(found.train).tokens[chosen].sum()) for chosen in examples]
+    useful = [int(rows.sizes(found.train).tokens[chosen].sum()) for chosen in examples]
     with tempfile.TemporaryDirectory(prefix="dpo_jax_benchmark_") as folder:
         write_model(Path(folder), found)
         write_examples(Path(folder), found.train, examples)
@@ -125,7 +128,15 @@ def run(
 
 
 def trimmed(experiment: config.Experiment, steps: int) -> config.Experiment:
-    """The run without what is no training step; the learning rate stays at its peak."""
+    """The run without what is no training step; the learning rate stays at its peak.
+
+    ValueError where it counts its batches in tokens.
+    """
+    if experiment.batch_tokens is not None:
+        raise ValueError(
+            f"batch_tokens is {experiment.batch_tokens}, and every contender takes batch_size "
+            "examples a step: leave it out"
+        )
     optimizer = dataclasses.replace(experiment.optimizer, schedule="constant", warmup_steps=0)
     data = dataclasses.replace(experiment.data, evaluation_source=None, held_out=0)
     return experiment.replace(

@@ -82,11 +82,8 @@ def make_padded(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Stepp
 
     def batches() -> Iterator[tuple[dict, int]]:
         for number in range(experiment.steps):
-            data, _, _ = run.train
-            chosen = pack.step_examples(
-                len(data.prompts), experiment.batch_size, experiment.seed, number
-            )
-            batch = pad(data, chosen)
+            data, plan, _ = run.train
+            batch = pad(data, pack.examples(len(data.prompts), plan, number))
             yield sharding.put_batch(batch, mesh), batch["tokens"].size
 
     return Stepper(step, compile, state, batches())

@@ -84,6 +84,9 @@ class Model:
     dtype: Literal["float32", "bfloat16"] | None = None
     # what the backward pass computes again: none, the dots' inputs only, or each whole layer
     remat: Literal["none", "dots", "full"] = "none"
+    # how attention is computed: plain, all pairs of a row's tokens at once, or blocks, which leaves
+    # out pairs of blocks that do not see each other; None: blocks on CPU, plain on TPU and GPU
+    attention: Literal["plain", "blocks"] | None = None
     # how matrices that are not trained are held (an adapter's base, a reference's); None: in the
     # compute type, which changes nothing; int8: with a scale an output, for an adapter's base
     frozen: Literal["float32", "bfloat16", "int8"] | None = None
@@ -295,6 +298,9 @@ class Experiment:
     steps: Count
     # examples a step, over all devices and microbatches
     batch_size: Count = 64
+    # positions a step instead, filled with as many examples as they hold; batch_size is then that
+    # of evaluations and samples alone; None: batch_size examples a step
+    batch_tokens: Count | None = None
     # parts of a step whose gradients are accumulated
     microbatches: Count = 1
     # over what a loss's batch statistics (KTO's KL) are taken when there are several microbatches

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax import checkpoint, config, origins, paths, reference, sharding
+from dpo_jax.model import attention, blocks, decoder, frozen, lora, presets, weights
 from dpo_jax.model import config as model_config
-from dpo_jax.model import decoder, frozen, lora, presets, weights
 
 
 class Initial(NamedTuple):
@@ -253,10 +253,17 @@ def compute_type(settings: config.Model) -> str:
 def make_decoder(
     shape: model_config.DecoderConfig, settings: config.Model, mesh
 ) -> decoder.Decoder:
-    """The decoder of a shape with the run's compute type and remat policy, on the mesh."""
+    """The decoder of a shape as the run computes with it, on the mesh."""
+    placement = sharding.placement(mesh)
+    by_default = "blocks" if jax.default_backend() == "cpu" else "plain"
+    attend = attention.attend
+    if (settings.attention or by_default) == "blocks":
+        rows = None if placement is None else placement.rows
+        attend = functools.partial(blocks.attend, rows=rows)
     return decoder.Decoder(
         shape,
         dtype=jnp.dtype(compute_type(settings)),
         remat=settings.remat,
-        placement=sharding.placement(mesh),
+        placement=placement,
+        attend=attend,
     )

@@ -2,6 +2,8 @@
 
 python -m scripts.benchmark EXPERIMENT [--layouts packed cached padded] [--peer trl=PYTHON]
     [--rounds 5] [--steps 3] [--json FILE] [flags of the run]
+python -m scripts.benchmark --logps [--rounds 5]: log-probabilities from stripes of the vocabulary
+    and from all logits
 """
 
 import argparse
@@ -22,11 +24,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--json")
+    parser.add_argument("--logps", action="store_true")
     # of a contender, which this program starts itself
     parser.add_argument("--worker")
     parser.add_argument("--folder")
     parser.add_argument("--count", type=int)
     own, rest = parser.parse_known_args()
+    if own.logps:
+        from dpo_jax import benchmark_logps
+
+        print(benchmark_logps.describe(list(benchmark_logps.run(own.rounds))))
+        return
     experiment, file = flags.from_command_line(rest, PROGRAM)
     from dpo_jax import benchmark, benchmark_layouts, sharding
 

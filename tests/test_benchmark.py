@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import benchmark, benchmark_layouts, config, logps, sharding
+from dpo_jax import benchmark, benchmark_layouts, benchmark_logps, config, logps, sharding
 from dpo_jax.data import pack
 from dpo_jax.model import decoder, presets
 from tests import tiny
@@ -152,3 +152,23 @@ def test_every_preset_has_a_floor(draw_examples):
 
 def test_layouts_are_named_for_the_command_line():
     assert set(benchmark_layouts.LAYOUTS) == set(benchmark.Settings().layouts)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_stripes_and_all_logits_that_are_timed_give_the_same(trained):
+    size = benchmark_logps.Size(tokens=8, width=6, vocabulary=40, tied=True, trained=trained)
+    (found,) = benchmark_logps.run(3, sizes=(size,))
+    assert len(found.stripes) == len(found.logits) == 3 and min(found.stripes) > 0
+    ways = (benchmark_logps.vocabulary.token_logps, benchmark_logps.from_logits)
+    arguments = benchmark_logps.draw(size, np.float32)
+    one, other = (benchmark_logps.make_gradient(way, size)(*arguments) for way in ways)
+    assert len(one[1]) == 1 + trained
+    for leaf, expected in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(leaf, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_ratio_of_stripes_to_all_logits_is_the_median_of_the_rounds():
+    size = benchmark_logps.Size(tokens=512, width=288)
+    result = benchmark_logps.Result(size, [1.0, 2.0, 9.0], [2.0, 2.0, 10.0])
+    line = benchmark_logps.describe([result]).splitlines()[-1]
+    assert line == "| 288 | 512 | 50,304 | apart, trained | 2.000 s | 2.000 s | 0.90 |"

@@ -218,8 +218,8 @@ def test_an_array_divides_where_each_axis_does(shape, expected):
     mesh = sharding.make_mesh(config.Mesh(2, 4, 1), jax.devices())
     placement = sharding.placement(mesh)
     assert placement is not None
-    assert decoder.divides(shape, placement.columns) == expected
-    assert decoder.divides(shape, placement.rows) == (shape[0] == 8)
+    assert attention.divides(shape, placement.columns) == expected
+    assert attention.divides(shape, placement.rows) == (shape[0] == 8)
 
 
 def test_one_device_has_no_placement():

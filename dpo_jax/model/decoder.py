@@ -8,6 +8,7 @@ dimensions a head. Parameters are float32, a plain nested dict; the layers' are 
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -50,9 +51,11 @@ class Cache(NamedTuple):
 class Head(NamedTuple):
     """What turns hidden states into logits."""
 
-    matrix: jax.Array  # [D, V]
+    matrix: jax.Array  # [D, V], or [V, D] where it is the embedding
     bias: jax.Array | None = None  # [V]
     cap: float | None = None  # logits x become cap tanh(x / cap)
+    # an embedding is taken as it lies: turning it round would copy it
+    is_embedding: bool = False
 
 
 class Placement(NamedTuple):
@@ -77,6 +80,8 @@ class Decoder(nn.Module):
     # where activations lie on a mesh; None: left to the compiler, which would move them to the
     # shards of the parameters and not the parameters to them
     placement: Placement | None = None
+    # attention of rows to themselves, with the signature of `attention.attend`
+    attend: Callable = attention.attend
 
     @nn.compact
     def __call__(
@@ -144,8 +149,8 @@ def look_up(decoder: Decoder, table: jax.Array, index: jax.Array) -> jax.Array:
     On a mesh each device finds its columns, for more rows than its own, and they are exchanged:
     neither the table nor its gradient moves.
     """
-    placement = decoder.placement
-    if placement is not None and not divides((*index.shape, table.shape[1]), placement.columns):
+    placement, shape = decoder.placement, (*index.shape, table.shape[1])
+    if placement is not None and not attention.divides(shape, placement.columns):
         placement = None
     if placement is not None:
         index = jax.lax.with_sharding_constraint(index, placement.tokens)
@@ -162,18 +167,9 @@ def keep_rows(decoder: Decoder, hidden: jax.Array) -> jax.Array:
 
     Rows that do not divide over the shards are left to the compiler.
     """
-    if decoder.placement is None or not divides(hidden.shape, decoder.placement.rows):
+    if decoder.placement is None or not attention.divides(hidden.shape, decoder.placement.rows):
         return hidden
     return jax.lax.with_sharding_constraint(hidden, decoder.placement.rows)
-
-
-def divides(shape: tuple[int, ...], where: NamedSharding) -> bool:
-    """Whether every axis of an array divides over its shards."""
-    for size, axes in zip(shape, where.spec, strict=False):
-        names = (axes,) if isinstance(axes, str) else axes or ()
-        if size % math.prod(where.mesh.shape[name] for name in names):
-            return False
-    return True
 
 
 def run_layers(decoder: Decoder, carry: tuple, places: layers.Places) -> tuple:
@@ -193,7 +189,7 @@ def run_layers(decoder: Decoder, carry: tuple, places: layers.Places) -> tuple:
     def run(kind: Kind, carry: tuple, params: dict, layer: jax.Array | int) -> tuple:
         hidden, cache = carry
         rotation = None if kind.rope is None else rotations[kind.rope]
-        module = layers.Layer(config, kind, decoder.dtype, parent=None)
+        module = layers.Layer(config, kind, decoder.dtype, decoder.attend, parent=None)
         own = places._replace(rotation=rotation, layer=layer)
         result: Any = module.apply({"params": params}, hidden, cache, own)
         return keep_rows(decoder, result[0]), result[1]
@@ -263,14 +259,20 @@ def init_layers(key: jax.Array, config: DecoderConfig, count: int) -> dict:
 
 def head(params: dict, config: DecoderConfig) -> Head:
     """What turns the decoder's hidden states into logits, in float32."""
-    matrix = params["embedding"].T if config.tied_head else params["head"]
-    return Head(matrix, params.get("head_bias"), config.logit_cap)
+    matrix = params["embedding"] if config.tied_head else params["head"]
+    return Head(matrix, params.get("head_bias"), config.logit_cap, config.tied_head)
+
+
+def vocabulary_size(head: Head) -> int:
+    """V of a head."""
+    return head.matrix.shape[0 if head.is_embedding else 1]
 
 
 def logits(hidden: jax.Array, head: Head) -> jax.Array:
     """Logits of hidden states [..., D]: float32 [..., V]; the product is in hidden's type."""
     matrix = head.matrix.astype(hidden.dtype)
-    found = jnp.einsum("...d,dv->...v", hidden, matrix, preferred_element_type=jnp.float32)
+    axes = "vd" if head.is_embedding else "dv"
+    found = jnp.einsum(f"...d,{axes}->...v", hidden, matrix, preferred_element_type=jnp.float32)
     if head.bias is not None:
         found = found + head.bias.reshape((1,) * (found.ndim - 1) + (-1,))
     return found if head.cap is None else head.cap * jnp.tanh(found / head.cap)

@@ -6,6 +6,7 @@ dimensions a head, F units of the MLP, E experts, C of them a token, R rank of a
 
 import math
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -132,6 +133,8 @@ class Attention(nn.Module):
     config: DecoderConfig
     kind: Kind
     dtype: Any
+    # of rows to themselves; keys from a cache are for `attention.attend`
+    attend: Callable = attention.attend
 
     @nn.compact
     def __call__(self, hidden: jax.Array, cache, places: Places):
@@ -151,7 +154,7 @@ class Attention(nn.Module):
             key, value = (
                 jax.lax.dynamic_index_in_dim(whole, places.layer, keepdims=False) for whole in cache
             )
-        mixed = attention.attend(
+        mixed = (self.attend if cache is None else attention.attend)(
             query,
             key.astype(self.dtype),
             value.astype(self.dtype),
@@ -249,6 +252,7 @@ class Layer(nn.Module):
     config: DecoderConfig
     kind: Kind
     dtype: Any
+    attend: Callable = attention.attend
 
     @nn.compact
     def __call__(self, hidden: jax.Array, cache, places: Places):
@@ -259,7 +263,7 @@ class Layer(nn.Module):
         before = self.config.norm_placement != "post"
         after = self.config.norm_placement != "pre"
         read = self.norm("attention_norm", hidden, before)
-        mixed, cache = Attention(self.config, self.kind, self.dtype, name="attention")(
+        mixed, cache = Attention(self.config, self.kind, self.dtype, self.attend, name="attention")(
             read, cache, places
         )
         mixed = self.norm("attention_post_norm", mixed, after)

@@ -1,0 +1,309 @@
+"""Attention in blocks of tokens: only pairs of blocks in which one may see another are computed.
+
+What `attention.attend` computes at once, with the logits of one pair of blocks in memory at a time,
+as in https://arxiv.org/abs/2205.14135; which pairs there are is read from the ids at run time.
+
+Dimensions: B rows, L tokens (Lq queries, Lk keys), H query heads, K key and value heads, G = H / K,
+Dh dimensions a head, b tokens of a block, n blocks of a row, N = B * n.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dpo_jax.model import attention
+
+# tokens of a block
+BLOCK = 128
+# of the mesh, over which heads lie
+HEADS_AXIS = "tensor"
+LOWEST = float(jnp.finfo(jnp.float32).min)
+
+
+class Form(NamedTuple):
+    """What of attention is fixed when it is compiled."""
+
+    scale: float
+    window: int | None
+    cap: float | None
+
+
+class Blocks(NamedTuple):
+    """Queries, keys and values of all rows, in blocks."""
+
+    query: jax.Array  # [N, K, G b, Dh]
+    key: jax.Array  # [N, K, b, Dh]
+    value: jax.Array  # [N, K, b, Dh]
+
+
+class Pairs(NamedTuple):
+    """Which blocks of keys the queries of each block see."""
+
+    query_ids: attention.Ids  # int32 [N, b] each
+    key_ids: attention.Ids  # int32 [N, b] each
+    count: jax.Array  # int32 [N]: how many
+    keys: jax.Array  # int32 [N, n]: their numbers, then any others
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    query_ids: attention.Ids,
+    key_ids: attention.Ids,
+    *,
+    scale: float,
+    window: int | None = None,
+    cap: float | None = None,
+    rows: NamedSharding | None = None,
+) -> jax.Array:
+    """What `attention.attend` returns, [B, Lq, H, Dh], with a backward pass of its own.
+
+    `rows` is where B lies: each device of its mesh computes its own rows and heads. B has to be a
+    multiple of the shards; else the compiler shares the work out as it likes.
+    """
+    run = functools.partial(attend_rows, Form(scale, window, cap))
+    inputs = query, key, value, query_ids, key_ids
+    if rows is None or not attention.divides(query.shape[:1], rows):
+        return run(*inputs)
+    divides = key.shape[2] % rows.mesh.shape[HEADS_AXIS] == 0
+    heads = P(rows.spec[0], None, HEADS_AXIS if divides else None, None)
+    own = P(rows.spec[0])
+    shared = jax.shard_map(
+        run,
+        mesh=rows.mesh,
+        in_specs=(heads, heads, heads, own, own),
+        out_specs=heads,
+        check_vma=False,
+    )
+    return shared(*inputs)
+
+
+def attend_rows(
+    form: Form,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    query_ids: attention.Ids,
+    key_ids: attention.Ids,
+) -> jax.Array:
+    """Attention of rows on one device: [B, Lq, H, Dh]."""
+    batch, length, heads, head_dim = query.shape
+    key_heads, groups = key.shape[2], query.shape[2] // key.shape[2]
+    size = min(BLOCK, -(-max(length, key.shape[1]) // 8) * 8)
+
+    def cut(array: jax.Array) -> jax.Array:
+        rest = ((0, 0),) * (array.ndim - 2)
+        padded = jnp.pad(array, ((0, 0), (0, -array.shape[1] % size), *rest))
+        return padded.reshape(-1, size, *array.shape[2:])
+
+    grouped = cut(query.reshape(batch, length, key_heads, groups, head_dim))
+    blocks = Blocks(
+        grouped.transpose(0, 2, 3, 1, 4).reshape(-1, key_heads, groups * size, head_dim),
+        cut(key).transpose(0, 2, 1, 3),
+        cut(value).transpose(0, 2, 1, 3),
+    )
+    of_queries, of_keys = (
+        attention.Ids(*(cut(jnp.asarray(array)) for array in ids)) for ids in (query_ids, key_ids)
+    )
+    mixed: Any = attend_pairs(form, blocks, list_pairs(of_queries, of_keys, batch, form.window))
+    mixed = mixed.reshape(-1, key_heads, groups, size, head_dim)
+    mixed = mixed.transpose(0, 3, 1, 2, 4).reshape(batch, -1, heads, head_dim)
+    return mixed[:, :length]
+
+
+def list_pairs(
+    query_ids: attention.Ids, key_ids: attention.Ids, batch: int, window: int | None
+) -> Pairs:
+    """The pairs of blocks that must be computed, of ids [N, b] of B rows."""
+    needed = find_needed(query_ids, key_ids, batch, window)  # [B, n, n]
+    count = needed.shape[-1]
+    first = jnp.arange(batch, dtype=jnp.int32)[:, None, None] * count
+    order = jnp.argsort(1 - needed, axis=-1, stable=True).astype(jnp.int32) + first
+    counts = needed.sum(axis=-1, dtype=jnp.int32).reshape(-1)
+    return Pairs(query_ids, key_ids, counts, order.reshape(-1, count))
+
+
+def find_needed(
+    query_ids: attention.Ids, key_ids: attention.Ids, batch: int, window: int | None
+) -> jax.Array:
+    """1 where a query of a block may see a key of another, else 0: int32 [B, n, n].
+
+    Told from the least and greatest ids of each block, so a pair may be listed in which none does.
+    """
+    (first, last), (key_first, key_last) = (
+        span(ids.example, ids.example > 0) for ids in (query_ids, key_ids)
+    )
+    own = query_ids.example == first[:, None], key_ids.example == key_last[:, None]
+
+    def spans(name: str) -> list[jax.Array]:
+        mine, its = (
+            span(getattr(ids, name), among)
+            for ids, among in zip((query_ids, key_ids), own, strict=True)
+        )
+        return [*(lift(array) for array in mine), *(lift_key(array) for array in its)]
+
+    def lift(array: jax.Array) -> jax.Array:
+        return array.reshape(batch, -1, 1)
+
+    def lift_key(array: jax.Array) -> jax.Array:
+        return array.reshape(batch, 1, -1)
+
+    found = (lift(first) <= lift_key(key_last)) & (lift_key(key_first) <= lift(last))
+    # where the first example of the queries is the last of the keys, it is all that they share
+    low, high, key_low, key_high = spans("branch")
+    seen = (key_low == 0) | ((low <= key_high) & (key_low <= high))
+    low, high, key_low, key_high = spans("position")
+    seen &= key_low <= high
+    if window is not None:
+        seen &= key_high > low - window
+    found &= seen | (lift(first) != lift_key(key_last))
+    # in rows as they are packed, no token sees a later one
+    number = jnp.arange(found.shape[1])[:, None] < jnp.arange(found.shape[2])[None, :]
+    found &= ~(number[None] & is_ordered(query_ids, key_ids, batch)[:, None, None])
+    return jnp.where(found, 1, 0).astype(jnp.int32)
+
+
+def span(array, among) -> tuple[jax.Array, jax.Array]:
+    """Least and greatest number of each block [N, b] among some of its tokens: [N] both; the least
+    is above the greatest where there are none.
+    """
+    least = jnp.where(among, array, np.iinfo(np.int32).max).min(axis=-1)
+    return least, jnp.where(among, array, -1).max(axis=-1)
+
+
+def is_ordered(query_ids: attention.Ids, key_ids: attention.Ids, batch: int) -> jax.Array:
+    """Whether queries are keys of the same places, by example, branch and position, padding last:
+    bool [B].
+    """
+    if query_ids.example.shape != key_ids.example.shape:
+        return jnp.zeros(batch, bool)
+    same = functools.reduce(jnp.logical_and, map(jnp.equal, query_ids, key_ids))
+    example, branch, position = (array.reshape(batch, -1) for array in query_ids)
+    example = jnp.where(example == 0, np.iinfo(np.int32).max, example)
+
+    def steps(array) -> jax.Array:
+        return array[:, 1:] - array[:, :-1]
+
+    within = (steps(branch) > 0) | ((steps(branch) == 0) & (steps(position) >= 0))
+    padding = example[:, 1:] == np.iinfo(np.int32).max
+    ordered = (steps(example) > 0) | ((steps(example) == 0) & (within | padding))
+    return ordered.all(axis=1) & same.reshape(batch, -1).all(axis=1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend_pairs(form: Form, blocks: Blocks, pairs: Pairs) -> jax.Array:
+    """What the queries of each block see: [N, K, G b, Dh]."""
+    return forward(form, blocks, pairs)[0]
+
+
+def forward(form: Form, blocks: Blocks, pairs: Pairs) -> tuple[jax.Array, jax.Array]:
+    """What the queries see [N, K, G b, Dh], and the log of their softmax's sum [N, K, G b]."""
+
+    def of_block(i: jax.Array, results: tuple) -> tuple:
+        query, keys = take(blocks.query, i), take(pairs.keys, i)
+
+        def of_pair(c: jax.Array, so_far: tuple) -> tuple:
+            largest, total, mixed = so_far
+            j = take(keys, c)
+            scores, mask = score(form, query, take(blocks.key, j), pairs, i, j)
+            scores = jnp.where(mask, scores, LOWEST)
+            new = jnp.maximum(largest, scores.max(axis=-1))
+            weights = jnp.where(mask, jnp.exp(scores - new[..., None]), 0.0)
+            shrunk = jnp.exp(largest - new)
+            more = multiply("kij,kjd->kid", weights.astype(query.dtype), take(blocks.value, j))
+            return new, total * shrunk + weights.sum(axis=-1), mixed * shrunk[..., None] + more
+
+        zeros = jnp.zeros(query.shape[:-1], jnp.float32)
+        start = zeros + LOWEST, zeros, jnp.zeros(query.shape, jnp.float32)
+        largest, total, mixed = jax.lax.fori_loop(0, take(pairs.count, i), of_pair, start)
+        # a query that sees nothing gives 0
+        total = jnp.where(total > 0, total, 1.0)
+        mixed = (mixed / total[..., None]).astype(query.dtype)
+        log_total = jnp.where(largest > LOWEST, largest + jnp.log(total), 0.0)
+        return results[0].at[i].set(mixed), results[1].at[i].set(log_total)
+
+    shape = blocks.query.shape
+    empty = jnp.zeros(shape, blocks.query.dtype), jnp.zeros(shape[:-1], jnp.float32)
+    return jax.lax.fori_loop(0, len(blocks.query), of_block, empty)
+
+
+def backward(form: Form, kept: tuple, cotangent: jax.Array) -> tuple[Blocks, Pairs]:
+    """The gradients of the blocks; weights are computed again, pair by pair."""
+    blocks, pairs, mixed, log_total = kept
+    product = (cotangent.astype(jnp.float32) * mixed.astype(jnp.float32)).sum(axis=-1)
+
+    def of_block(i: jax.Array, gradients: tuple) -> tuple:
+        query, given, keys = take(blocks.query, i), take(cotangent, i), take(pairs.keys, i)
+
+        def of_pair(c: jax.Array, so_far: tuple) -> tuple:
+            of_query, of_key, of_value = so_far
+            j = take(keys, c)
+            key, value = take(blocks.key, j), take(blocks.value, j)
+            scores, mask = score(form, query, key, pairs, i, j)
+            logs = jnp.where(mask, scores - take(log_total, i)[..., None], LOWEST)
+            weights = jnp.where(mask, jnp.exp(logs), 0.0)
+            more = multiply("kid,kjd->kij", given, value) - take(product, i)[..., None]
+            slope = form.scale * weights * more
+            if form.cap is not None:
+                slope = slope * (1 - jnp.square(scores / form.cap))
+            slope = slope.astype(query.dtype)
+            of_query += multiply("kij,kjd->kid", slope, key)
+            of_key = of_key.at[j].add(multiply("kij,kid->kjd", slope, query))
+            more = multiply("kij,kid->kjd", weights.astype(query.dtype), given)
+            return of_query, of_key, of_value.at[j].add(more)
+
+        of_query, of_key, of_value = gradients
+        start = jnp.zeros(query.shape, jnp.float32), of_key, of_value
+        own, of_key, of_value = jax.lax.fori_loop(0, take(pairs.count, i), of_pair, start)
+        return of_query.at[i].set(own.astype(query.dtype)), of_key, of_value
+
+    start = (
+        jnp.zeros_like(blocks.query),
+        jnp.zeros(blocks.key.shape, jnp.float32),
+        jnp.zeros(blocks.value.shape, jnp.float32),
+    )
+    of_query, of_key, of_value = jax.lax.fori_loop(0, len(blocks.query), of_block, start)
+    found = Blocks(of_query, of_key.astype(blocks.key.dtype), of_value.astype(blocks.value.dtype))
+    return found, jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), pairs)
+
+
+def keep(form: Form, blocks: Blocks, pairs: Pairs) -> tuple[jax.Array, tuple]:
+    """`attend_pairs`, and what its backward pass needs."""
+    mixed, log_total = forward(form, blocks, pairs)
+    return mixed, (blocks, pairs, mixed, log_total)
+
+
+attend_pairs.defvjp(keep, backward)
+
+
+def score(
+    form: Form, query: jax.Array, key: jax.Array, pairs: Pairs, i: jax.Array, j: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Logits float32 [K, G b, b] of the queries of block i and the keys of block j, and whether
+    each sees each: bool [1, G b, b].
+    """
+    scores = form.scale * multiply("kid,kjd->kij", query, key)
+    if form.cap is not None:
+        scores = form.cap * jnp.tanh(scores / form.cap)
+    mine, its = (
+        attention.Ids(*(take(array, at)[None] for array in ids))
+        for ids, at in ((pairs.query_ids, i), (pairs.key_ids, j))
+    )
+    mask = attention.visible(mine, its, form.window)  # [1, b, b]
+    return scores, jnp.tile(mask, (1, query.shape[1] // mask.shape[1], 1))
+
+
+def multiply(axes: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    """A product that is summed in float32."""
+    return jnp.einsum(axes, left, right, preferred_element_type=jnp.float32)
+
+
+def take(array, at: jax.Array) -> jax.Array:
+    """The entry of the first axis."""
+    return jax.lax.dynamic_index_in_dim(array, at, 0, keepdims=False)
