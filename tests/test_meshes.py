@@ -211,17 +211,6 @@ def test_without_a_placement_activations_move_to_the_parameters(axes, monkeypatc
         assert any("rows of other devices" in line for line in wrong), wrong
 
 
-def test_what_does_not_divide_over_its_shards_is_left_to_the_compiler():
-    mesh = sharding.make_mesh(config.Mesh(2, 4, 1), jax.devices())
-    model = initial.make_decoder(SHAPE, config.Model("tiny", dtype="float32"), mesh)
-    params = decoder.init(SHAPE, jax.random.key(0))
-    tokens = jnp.ones((3, 5), jnp.int32)
-    ids = attention.Ids(tokens, tokens, tokens)
-    alone = model.clone(placement=None).apply({"params": params}, tokens, ids)
-    found = jax.jit(model.apply)({"params": params}, tokens, ids)
-    assert jnp.abs(jnp.asarray(found) - jnp.asarray(alone)).max() < 1e-5
-
-
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [((8, 5, 4), True), ((8, 5, 6), False), ((9, 5, 4), False), ((8, 5), True)],
