@@ -157,8 +157,9 @@ def offences(found: text.Program, mesh: Any, dtype: str) -> list[str]:
         # parameters to the policy, to its gradient and to the reference
         ("all-gather", ("fsdp",)): 3 * item * matrices,
         ("all-reduce", ("tensor",)): float("inf"),
-        # what is found for the policy, its gradient, and what is found for the reference
-        ("all-to-all", ("fsdp",)): 3 * item * of_look_up,
+        # what is found of tokens for the policy, its gradient and the reference, and of the head's
+        # columns of scored tokens for the policy and the reference
+        ("all-to-all", ("fsdp",)): item * of_look_up * (3 * LENGTH + 2 * SCORED) / LENGTH,
     }
     for (kind, axes), count in moved.items():
         if count > allowed.get((kind, axes), 0) * 1.01:
