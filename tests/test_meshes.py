@@ -105,7 +105,8 @@ def test_flops_on_tpus_are_those_that_are_written_down(tpus, axes):
 
 def compile_step(mesh: Any, dtype: Any = "float32") -> text.Program:
     """The gradient of DPO with a live reference, on a mesh."""
-    model = initial.make_decoder(SHAPE, config.Model("tiny", dtype=dtype), mesh)
+    settings = config.Model("tiny", dtype=dtype, attention="plain")
+    model = initial.make_decoder(SHAPE, settings, mesh)
 
     def score(params, held: train_step.Held, batch: dict):
         return logps.score(model, params, batch)
