@@ -43,7 +43,7 @@ ALLOCATOR = {
 class Settings(NamedTuple):
     """What is timed, and for how long."""
 
-    layouts: tuple[str, ...] = ("packed", "cached", "padded")
+    layouts: tuple[str, ...] = ("packed", "cached", "plain", "padded")
     # Python interpreters of other trainers' environments by name: trl, trl-fast
     peers: Mapping[str, str] = {}
     # each round has so many steps of every contender, in turn
