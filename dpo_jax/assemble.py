@@ -77,6 +77,8 @@ def assemble(
     anchor, anchor_hash = load_reference(experiment, found, mesh)
     identities = identify(found, anchor_hash)
     train, held_out, held_out_pairs = lay_out(experiment, found, mesh, anchor, identities)
+    if train.plan.starts is not None:
+        identities["batch shards, by which batch_tokens are filled"] = pack.fingerprint(train.plan)
     scoring = make_scoring(experiment, started)
     sampler = make_sampler(experiment, found, mesh)
     compared = None if sampler is None else hold_compared(experiment, params, anchor)
@@ -237,10 +239,7 @@ def lay_out(
     params_hash = identities["reference"] if cached else ""
     shards, declared = sharding.batch_shards(mesh), contract.needs(experiment.loss.function)
 
-    def one(data: tokenise.Tokenised, parts: int) -> reference.LaidOut:
-        plan = pack.plan(
-            data, experiment.batch_size, parts, experiment.seed, scores_prompt=declared.prompt
-        )
+    def one(data: tokenise.Tokenised, plan: pack.Plan) -> reference.LaidOut:
         if not cached:
             return reference.LaidOut(data, plan, None)
         params = joined(found.initial, anchor)
@@ -249,10 +248,19 @@ def lay_out(
         )
         return reference.LaidOut(data, plan, table)
 
-    train = one(found.train, shards * experiment.microbatches)
-    held_out = None if found.held_out is None else one(found.held_out, shards)
-    pairs = None if found.held_out_pairs is None else one(found.held_out_pairs, shards)
-    return train, held_out, pairs
+    def one_held_out(data: tokenise.Tokenised | None) -> reference.LaidOut | None:
+        if data is None:
+            return None
+        plan = pack.plan(
+            data, experiment.batch_size, shards, experiment.seed, scores_prompt=declared.prompt
+        )
+        return one(data, plan)
+
+    plan = pack.plan_run(
+        found.train, experiment, shards * experiment.microbatches, scores_prompt=declared.prompt
+    )
+    print(pack.describe(plan, len(found.train.prompts), experiment.steps))
+    return one(found.train, plan), one_held_out(found.held_out), one_held_out(found.held_out_pairs)
 
 
 def make_scoring(experiment: config.Experiment, start: initial.Initial) -> train_step.Scoring:

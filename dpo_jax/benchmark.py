@@ -10,6 +10,7 @@ Dimensions: N examples of a step.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -24,7 +25,8 @@ import jax
 import numpy as np
 
 from dpo_jax import benchmark_layouts, config, environment, inputs, sharding
-from dpo_jax.data import pack, tokenise
+from dpo_jax.data import rows, tokenise
+from dpo_jax.data import steps as data_steps
 from dpo_jax.model import config as model_config
 from dpo_jax.model import weights
 
@@ -41,7 +43,7 @@ ALLOCATOR = {
 class Settings(NamedTuple):
     """What is timed, and for how long."""
 
-    layouts: tuple[str, ...] = ("packed", "cached", "padded")
+    layouts: tuple[str, ...] = ("packed", "cached", "plain", "padded")
     # Python interpreters of other trainers' environments by name: trl, trl-fast
     peers: Mapping[str, str] = {}
     # each round has so many steps of every contender, in turn
@@ -66,6 +68,10 @@ class Result(NamedTuple):
     rates: list[float]
     # share of the computed positions that are useful; None where it does not say
     fill: float | None
+    # of the compiled step for each useful token; None where it does not say
+    flops: float | None
+    # what is not in it
+    uncounted: list[str]
     first_step: float
     compile: float | None
     peak: int
@@ -87,11 +93,12 @@ def run(
     experiment = trimmed(experiment, steps)
     mesh = sharding.make_mesh(experiment.mesh, jax.devices())
     found = inputs.load(experiment, mesh)
+    count, starts = len(found.train.prompts), data_steps.by_number(experiment.batch_size, steps)
     examples = [
-        pack.step_examples(len(found.train.prompts), experiment.batch_size, experiment.seed, step)
-        for step in range(steps)
+        data_steps.between(count, experiment.seed, int(first), int(last))
+        for first, last in itertools.pairwise(starts)
     ]
-    useful = [int(pack.sizes(found.train).tokens[chosen].sum()) for chosen in examples]
+    useful = [int(rows.sizes(found.train).tokens[chosen].sum()) for chosen in examples]
     with tempfile.TemporaryDirectory(prefix="dpo_jax_benchmark_") as folder:
         write_model(Path(folder), found)
         write_examples(Path(folder), found.train, examples)
@@ -121,7 +128,15 @@ def run(
 
 
 def trimmed(experiment: config.Experiment, steps: int) -> config.Experiment:
-    """The run without what is no training step; the learning rate stays at its peak."""
+    """The run without what is no training step; the learning rate stays at its peak.
+
+    ValueError where it counts its batches in tokens.
+    """
+    if experiment.batch_tokens is not None:
+        raise ValueError(
+            f"batch_tokens is {experiment.batch_tokens}, and every contender takes batch_size "
+            "examples a step: leave it out"
+        )
     optimizer = dataclasses.replace(experiment.optimizer, schedule="constant", warmup_steps=0)
     data = dataclasses.replace(experiment.data, evaluation_source=None, held_out=0)
     return experiment.replace(
@@ -189,6 +204,8 @@ def take_turns(
                 contender.name,
                 rates[contender.name],
                 sum(useful) / last["computed"] if last.get("computed") else None,
+                last["flops"] / sum(useful) if "flops" in last else None,
+                last.get("uncounted", []),
                 contender.ready["first_step"],
                 contender.ready.get("compile"),
                 last["peak"],
@@ -284,8 +301,9 @@ def work(stepper: benchmark_layouts.Stepper, orders: Iterator[str]) -> None:
             seconds.append(time.perf_counter() - once)
         done += len(seconds)
         say({"seconds": seconds})
-    computed = sum(tokens for _, tokens in batches)
-    say({"peak": benchmark_layouts.peak_memory(), "computed": computed})
+    peak, computed = benchmark_layouts.peak_memory(), sum(tokens for _, tokens in batches)
+    counted = benchmark_layouts.count_flops(stepper, state, [batch for batch, _ in batches])
+    say({"peak": peak, "computed": computed, **counted})
 
 
 def say(message: dict[str, Any]) -> None:
@@ -325,19 +343,24 @@ def describe(record: Mapping[str, Any]) -> str:
         f"{record['device']}, {record['settings']['batch_size']} examples a step; matrix products "
         f"at {rate / 1e9:,.0f} GFLOP/s; the floor is {floor / 1e6:,.1f} MFLOP a useful token",
         "",
-        "| layout | useful tokens/s | slower than the first by | fill | share of the product rate |"
-        " peak memory | first step | compile |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| layout | useful tokens/s | slower than the first by | fill | FLOPs / floor |"
+        " share of the product rate | peak memory | first step | compile |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for result in results:
         rates = np.array(result["rates"])
         median = float(np.median(rates))
         ratio = float(np.median(first / rates))
         fill = "" if result["fill"] is None else f"{result['fill']:.1%}"
+        flops = "" if result["flops"] is None else f"{result['flops'] / floor:.2f}"
         compiled = "" if result["compile"] is None else f"{result['compile']:.1f} s"
         lines.append(
             f"| {result['name']} | {median:,.0f} ({rates.min():,.0f} to {rates.max():,.0f}) | "
-            f"{ratio:.2f} | {fill} | {median * floor / rate:.0%} | "
+            f"{ratio:.2f} | {fill} | {flops} | {median * floor / rate:.0%} | "
             f"{result['peak'] / 2**30:.2f} GiB | {result['first_step']:.1f} s | {compiled} |"
         )
+    for result in results:
+        if result["uncounted"]:
+            left_out = "; ".join(result["uncounted"])
+            lines += ["", f"Not in the FLOPs of {result['name']}: {left_out}."]
     return "\n".join(lines)

@@ -5,10 +5,11 @@ Dimensions: N examples, R = 2 N rows of the padded layout, L tokens, V vocabular
 
 import dataclasses
 import functools
+import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +18,13 @@ import numpy as np
 
 from dpo_jax import assemble, config, contract, logps, optimizer, sharding, train, train_step
 from dpo_jax.data import pack, tokenise
-from dpo_jax.model import attention, decoder
+from dpo_jax.hlo import costs, text
+from dpo_jax.model import attention, blocks, decoder
 
 # rows of the padded layout have a multiple of so many tokens, so that few shapes compile
 MULTIPLE = 64
+# the loop over a block's pairs, by the name that the compiler gives it
+PAIRS = re.compile(r"loop .*/attention/")
 
 
 class Stepper(NamedTuple):
@@ -28,6 +32,10 @@ class Stepper(NamedTuple):
 
     # (state, batch) -> state, metrics
     step: Callable
+    # (state, batch) -> the compiled step
+    compile: Callable
+    # batch -> `mean_pairs`
+    pairs: Callable[[dict], float | None]
     state: Any
     # of the steps from the first on: batch on the mesh, and how many tokens are computed
     batches: Iterator[tuple[dict, int]]
@@ -40,8 +48,12 @@ def make_packed(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Stepp
     def step(state, batch: dict):
         return run.step(state, run.held, batch, run.numbers)
 
+    def compile(state, batch: dict):
+        return run.step.lower(state, run.held, batch, run.numbers).compile()
+
     found = ((batch, batch["tokens"].size) for _, batch, _ in train.batches(run, 0))
-    return Stepper(step, state, found)
+    pairs = functools.partial(mean_pairs, run.initial.model)
+    return Stepper(step, compile, pairs, state, found)
 
 
 def make_cached(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Stepper:
@@ -50,8 +62,21 @@ def make_cached(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Stepp
     return make_packed(experiment.replace(reference=reference), mesh)
 
 
+def make_plain(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Stepper:
+    """The same with attention of all pairs of a row's tokens."""
+    return make_packed(with_plain_attention(experiment), mesh)
+
+
+def with_plain_attention(experiment: config.Experiment) -> config.Experiment:
+    """The run with attention of all pairs of a row's tokens."""
+    return experiment.replace(model=dataclasses.replace(experiment.model, attention="plain"))
+
+
 def make_padded(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Stepper:
-    """A row for each completion, with the prompt again, padded to the longest, with all logits."""
+    """A row for each completion, with the prompt again, padded to the longest, with all logits and
+    attention of all pairs of tokens.
+    """
+    experiment = with_plain_attention(experiment)
     run, state = assemble.assemble(experiment, mesh)
     score_rows = functools.partial(score_padded, run.initial.model)
 
@@ -64,25 +89,29 @@ def make_padded(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Stepp
     loss, tx = experiment.loss, optimizer.make(experiment.optimizer)
     scoring = train_step.Scoring(score, score_reference, contract.with_state(loss.function))
     schedule = optimizer.make_schedule(experiment.optimizer, experiment.steps)
-    step = jax.jit(
+    jitted: Any = jax.jit(
         train_step.make_train_step(scoring, tx, schedule, train_step.whole), donate_argnums=0
     )
 
+    def step(state, batch: dict):
+        return jitted(state, run.held, batch, run.numbers)
+
+    def compile(state, batch: dict):
+        return jitted.lower(state, run.held, batch, run.numbers).compile()
+
     def batches() -> Iterator[tuple[dict, int]]:
         for number in range(experiment.steps):
-            data, _, _ = run.train
-            chosen = pack.step_examples(
-                len(data.prompts), experiment.batch_size, experiment.seed, number
-            )
-            batch = pad(data, chosen)
+            data, plan, _ = run.train
+            batch = pad(data, pack.examples(len(data.prompts), plan, number))
             yield sharding.put_batch(batch, mesh), batch["tokens"].size
 
-    return Stepper(lambda state, batch: step(state, run.held, batch, run.numbers), state, batches())
+    return Stepper(step, compile, lambda batch: None, state, batches())
 
 
 LAYOUTS: dict[str, Callable[[config.Experiment, jax.sharding.Mesh], Stepper]] = {
     "packed": make_packed,
     "cached": make_cached,
+    "plain": make_plain,
     "padded": make_padded,
 }
 
@@ -125,6 +154,41 @@ def score_padded(model: decoder.Decoder, params, batch: dict) -> dict[str, logps
     totals = jnp.where(scored, values, 0.0).sum(axis=1).reshape(len(batch["length"]), -1)
     lengths = batch["length"]
     return {name: logps.Logps(totals[c], lengths[name]) for c, name in enumerate(sorted(lengths))}
+
+
+def count_flops(stepper: Stepper, state, batches: Sequence[dict]) -> dict[str, Any]:
+    """FLOPs of the compiled steps over the batches on all devices together ("flops"), and what of
+    the steps cannot be counted ("uncounted").
+
+    Attention in blocks is counted by the pairs of blocks that it computes on each batch.
+    """
+    programs: dict[str, text.Program] = {}
+    total = 0
+    for batch in batches:
+        shape = str(jax.tree.map(jnp.shape, batch))
+        if shape not in programs:
+            programs[shape] = text.parse(stepper.compile(state, batch).as_text())
+        pairs = stepper.pairs(batch)
+        counted = costs.flops(programs[shape], unknown_length=1 if pairs is None else pairs)
+        total += counted * programs[shape].devices
+    named = {name for program in programs.values() for name in costs.uncounted(program)}
+    is_told = all(stepper.pairs(batch) is not None for batch in batches)
+    left_out = [name for name in named if not (is_told and PAIRS.search(name))]
+    return {"flops": total, "uncounted": sorted(left_out)}
+
+
+def mean_pairs(model: decoder.Decoder, batch: dict) -> float | None:
+    """Pairs of blocks that attention computes for each block of queries of a batch, over the kinds
+    of layers; None where it computes all tokens at once.
+    """
+    if model.attend is attention.attend:
+        return None
+    ids = attention.Ids(*(np.asarray(batch[name]) for name in attention.Ids._fields))
+    counts = [
+        np.mean(blocks.list_pairs_of_rows(ids, ids, kind.window).count)
+        for kind in model.config.block
+    ]
+    return float(np.mean(counts))
 
 
 def matmul_rate(dtype: Any, size: int = 2048, repeats: int = 9) -> float:

@@ -301,6 +301,9 @@ class Experiment:
     steps: Count
     # examples a step, over all devices and microbatches
     batch_size: Count = 64
+    # positions a step instead, filled with as many examples as they hold; batch_size is then that
+    # of evaluations and samples alone; None: batch_size examples a step
+    batch_tokens: Count | None = None
     # parts of a step whose gradients are accumulated
     microbatches: Count = 1
     # over what a loss's batch statistics (KTO's KL) are taken when there are several microbatches

@@ -253,14 +253,18 @@ def compute_type(settings: config.Model) -> str:
 def make_decoder(
     shape: model_config.DecoderConfig, settings: config.Model, mesh
 ) -> decoder.Decoder:
-    """The decoder of a shape as the run computes with it, its rows on the mesh."""
-    rows = sharding.rows(mesh) if mesh.size > 1 else None
-    by_default = "blocks" if jax.default_backend() == "cpu" else "plain"
-    in_blocks = (settings.attention or by_default) == "blocks"
+    """The decoder of a shape as the run computes with it, on the mesh."""
+    placement = sharding.placement(mesh)
+    # of the mesh, which may be one that is compiled for and not here
+    by_default = "blocks" if mesh.devices.flat[0].platform == "cpu" else "plain"
+    attend = attention.attend
+    if (settings.attention or by_default) == "blocks":
+        rows = None if placement is None else placement.rows
+        attend = functools.partial(blocks.attend, rows=rows)
     return decoder.Decoder(
         shape,
         dtype=jnp.dtype(compute_type(settings)),
         remat=settings.remat,
-        rows=rows,
-        attend=functools.partial(blocks.attend, rows=rows) if in_blocks else attention.attend,
+        placement=placement,
+        attend=attend,
     )

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 
 from dpo_jax import config, contract, initial, paths, reference, sharding
-from dpo_jax.data import tokenise, tokenizer
+from dpo_jax.data import rows, tokenise, tokenizer
 
 # completions and columns that unpaired examples may have
 UNPAIRED = ("completion", "mismatched"), ("desirable", "density_ratio")
@@ -33,7 +33,8 @@ def load(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Inputs:
     ValueError here.
     """
     check_switches(experiment)
-    sharding.check_batch_size(experiment.batch_size, experiment.microbatches, mesh)
+    if experiment.batch_tokens is None:
+        sharding.check_batch_size(experiment.batch_size, experiment.microbatches, mesh)
     source = initial.Source(experiment.model.source, experiment.model, experiment.seed)
     is_trained = experiment.lora.rank is None
     read_as = "float32" if is_trained else initial.others_as(experiment.model)
@@ -95,7 +96,10 @@ def load_examples(
         )
     contract.check(loss.function, loss.hyperparameters, train.names, columns, has_reference)
     shared = 1 if experiment.statistics == "global" else experiment.microbatches
-    facts = contract.Facts(loss.hyperparameters, train.columns, experiment.batch_size // shared)
+    examples = experiment.batch_size
+    if experiment.batch_tokens is not None:
+        examples = round(experiment.batch_tokens / rows.sizes(train).tokens.mean())
+    facts = contract.Facts(loss.hyperparameters, train.columns, examples // shared)
     contract.advise(loss.function, facts)
     read = reads(train.names, columns)
     return tokenise.select(train, read), held_out and tokenise.select(held_out, read)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dpo_jax import vocabulary
 from dpo_jax.data import pack
 from dpo_jax.model import attention, decoder, layers
 
@@ -104,11 +105,6 @@ def locate(batch: dict, slots_of_row: int) -> tuple[jax.Array, jax.Array]:
     return index, jnp.take_along_axis(by_slot, jnp.maximum(slot - 1, 0), axis=1)
 
 
-def token_logps(hidden: jax.Array, head: decoder.Head, target: jax.Array) -> jax.Array:
-    """log p(target) of each scored token: hidden [B, S, D], target [B, S] -> [B, S] float32."""
-    return token_values(hidden, head, target, None, {})[TOTAL]
-
-
 def token_values(
     hidden: jax.Array,
     head: decoder.Head,
@@ -118,10 +114,13 @@ def token_values(
 ) -> dict[str, jax.Array]:
     """Log-probability (under TOTAL) and statistics of each scored token: float32 [B, S] each.
 
-    Chunks of S, whose logits the backward pass computes again, bound what is held at once.
+    Statistics read whole rows of logits: chunks of S, whose logits the backward pass computes
+    again, bound what is held at once.
     """
-    rows, scored, width = hidden.shape
-    count = chunk_count(rows, scored, head.matrix.shape[1])
+    if places is None:
+        return {TOTAL: vocabulary.token_logps(hidden, head, target)}
+    rows, scored, _ = hidden.shape
+    count = chunk_count(rows, scored, decoder.vocabulary_size(head))
     head = head._replace(matrix=head.matrix.astype(hidden.dtype))
 
     @jax.checkpoint
@@ -130,8 +129,6 @@ def token_values(
         logits = decoder.logits(hidden, head)
         picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
         logp = picked - jax.nn.logsumexp(logits, axis=-1)
-        if places is None:
-            return {TOTAL: logp}
         tokens = Tokens(logits, logp, *places)
         return {TOTAL: logp, **{name: make(tokens) for name, make in statistics.items()}}
 
@@ -144,12 +141,12 @@ def token_values(
     return jax.tree.map(lambda array: array.swapaxes(0, 1).reshape(rows, scored), values)
 
 
-def chunk_count(rows: int, scored: int, vocabulary: int) -> int:
-    """Smallest divisor of S whose chunks hold at most CHUNK_ELEMENTS logits."""
+def chunk_count(rows: int, scored: int, logits: int) -> int:
+    """Smallest divisor of S whose chunks hold at most CHUNK_ELEMENTS, so many logits a token."""
     fitting = (
         n
         for n in range(1, scored + 1)
-        if scored % n == 0 and rows * (scored // n) * vocabulary <= CHUNK_ELEMENTS
+        if scored % n == 0 and rows * (scored // n) * logits <= CHUNK_ELEMENTS
     )
     return next(fitting, scored)
 

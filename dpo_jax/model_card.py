@@ -9,7 +9,7 @@ from dpo_jax.model import presets
 
 # fields of a run that its model's card lists, by how their names begin
 SHOWN = (
-    *("steps", "batch_size", "seed", "model.source", "loss.", "reference.", "optimizer."),
+    *("steps", "batch_", "seed", "model.source", "loss.", "reference.", "optimizer."),
     *("data.", "lora."),
 )
 HELD_OUT = ("eval/", "samples/")

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dpo_jax import config
@@ -132,6 +132,31 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def rows(mesh: Mesh) -> NamedSharding:
     """First axis over the batch shards."""
     return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def constrain(array: jax.Array, mesh: AbstractMesh, spec: P) -> jax.Array:
+    """The array with a sharding inside of a compiled function; without one where the mesh is empty.
+
+    An axis that its mesh axes do not divide stays whole.
+    """
+    if mesh.empty:
+        return array
+    names = [name if isinstance(name, tuple) else (name,) if name else () for name in spec]
+    fitting = [
+        n if size % math.prod(mesh.shape[axis] for axis in n) == 0 else None
+        for n, size in zip(names, array.shape, strict=False)
+    ]
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, P(*fitting)))
+
+
+def placement(mesh: Mesh) -> decoder.Placement | None:
+    """Where the decoder's activations lie; None on one device."""
+    if mesh.size == 1:
+        return None
+    columns = P("data", None, RULES["width"])
+    return decoder.Placement(
+        rows(mesh), NamedSharding(mesh, P("data")), NamedSharding(mesh, columns)
+    )
 
 
 def put_batch(batch: dict, mesh: Mesh):

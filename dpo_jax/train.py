@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,22 +161,23 @@ def loop(run: assemble.Run, folder: str, state: train_step.TrainState, ends: End
         check_metric(experiment, found)
         ends.writer.write(0, found)
     pending, clock = None, time.perf_counter()
-    for step, batch, facts in batches(run, first):
-        profile(experiment.profile, folder, step, state, ends.trace)
-        state, values = run.step(state, run.held, batch, run.numbers)
-        # the device works on this step while the numbers of the last are fetched and written
-        if pending is not None:
-            ends.writer.write(*fetch(pending, clock))
-            clock = time.perf_counter()
-        pending, done = (step + 1, values, facts), step + 1
-        if step == 0:
-            check_identity(run, float(values["deviation"]))
-        if run.follow is not None and divides(experiment.reference.update_every, done):
-            followed = run.follow(run.held.reference, state.params)
-            run = run._replace(held=run.held._replace(reference=followed))
-        if ends.stop.is_set() or done == experiment.steps or due(experiment, done):
-            pause(run, folder, state, fetch(pending, clock), ends)
-            pending, clock = None, time.perf_counter()
+    with contextlib.closing(batches(run, first)) as made:
+        for step, batch, facts in made:
+            profile(experiment.profile, folder, step, state, ends.trace)
+            state, values = run.step(state, run.held, batch, run.numbers)
+            # the device works on this step while the numbers of the last are fetched and written
+            if pending is not None:
+                ends.writer.write(*fetch(pending, clock))
+                clock = time.perf_counter()
+            pending, done = (step + 1, values, facts), step + 1
+            if step == 0:
+                check_identity(run, float(values["deviation"]))
+            if run.follow is not None and divides(experiment.reference.update_every, done):
+                followed = run.follow(run.held.reference, state.params)
+                run = run._replace(held=run.held._replace(reference=followed))
+            if ends.stop.is_set() or done == experiment.steps or due(experiment, done):
+                pause(run, folder, state, fetch(pending, clock), ends)
+                pending, clock = None, time.perf_counter()
 
 
 def due(experiment: config.Experiment, done: int) -> bool:
@@ -268,7 +269,9 @@ def evaluation(
     return found
 
 
-def batches(run: assemble.Run, first: int) -> Iterator[tuple[int, dict, dict[str, float]]]:
+def batches(
+    run: assemble.Run, first: int
+) -> Generator[tuple[int, dict, dict[str, float]], None, None]:
     """Step, batch on the mesh and facts about it, for the steps that are left, made AHEAD by a
     thread.
     """
@@ -283,7 +286,8 @@ def batches(run: assemble.Run, first: int) -> Iterator[tuple[int, dict, dict[str
         facts = {**pack.fill(batch), "tokens": float((batch["example"] > 0).sum())}
         return sharding.put_batch(reference.with_table(batch, table), run.mesh), facts
 
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    pool = concurrent.futures.ThreadPoolExecutor(1, "batches")
+    try:
         left = iter(range(first, run.experiment.steps))
         made = collections.deque(
             (step, pool.submit(make, step)) for step in itertools.islice(left, AHEAD)
@@ -291,11 +295,16 @@ def batches(run: assemble.Run, first: int) -> Iterator[tuple[int, dict, dict[str
         while made:
             step, future = made.popleft()
             started = time.perf_counter()
+            # what went wrong in the thread is raised here, with its own traceback
             batch, facts = future.result()
+            waited = time.perf_counter() - started
             following = next(left, None)
             if following is not None:
                 made.append((following, pool.submit(make, following)))
-            yield step, batch, {**facts, "time/wait": time.perf_counter() - started}
+            yield step, batch, {**facts, "time/data_wait": waited}
+    finally:
+        # a run that stops early wants none of the batches that are not begun
+        pool.shutdown(cancel_futures=True)
 
 
 def check_identity(run: assemble.Run, deviation: float) -> None:

@@ -1,7 +1,9 @@
 """Times training steps of this project's layouts, and of other trainers, on the same examples.
 
-python -m scripts.benchmark EXPERIMENT [--layouts packed cached padded] [--peer trl=PYTHON]
+python -m scripts.benchmark EXPERIMENT [--layouts packed cached plain padded] [--peer trl=PYTHON]
     [--rounds 5] [--steps 3] [--json FILE] [flags of the run]
+python -m scripts.benchmark --logps [--rounds 5]: log-probabilities from stripes of the vocabulary
+    and from all logits
 """
 
 import argparse
@@ -17,16 +19,24 @@ PROGRAM = "python -m scripts.benchmark"
 def main() -> None:
     """Parses the command line; races, or is one of the contenders."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--layouts", nargs="+", default=["packed", "cached", "padded"])
+    parser.add_argument("--layouts", nargs="+", default=["packed", "cached", "plain", "padded"])
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--json")
+    parser.add_argument("--logps", action="store_true")
     # of a contender, which this program starts itself
     parser.add_argument("--worker")
     parser.add_argument("--folder")
     parser.add_argument("--count", type=int)
     own, rest = parser.parse_known_args()
+    if own.logps:
+        from dpo_jax import benchmark_logps
+
+        print(benchmark_logps.HEADER, flush=True)
+        for result in benchmark_logps.run(own.rounds):
+            print(benchmark_logps.describe(result), flush=True)
+        return
     experiment, file = flags.from_command_line(rest, PROGRAM)
     from dpo_jax import benchmark, benchmark_layouts, sharding
 

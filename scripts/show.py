@@ -22,7 +22,7 @@ def main() -> None:
         words = tokenizer.load_tokenizer(data, origins.tokenizer_of(experiment.model.source))
         tokenised, _ = tokenise.load(data, words, data.examples)
         print(show.examples(data, words, own.count), end="\n\n")
-        print(show.rows(tokenised, experiment.batch_size, experiment.seed))
+        print(show.rows(tokenised, experiment))
     except ValueError as error:
         flags.stop(error)
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import benchmark, benchmark_layouts, logps
+from dpo_jax import benchmark, benchmark_layouts, benchmark_logps, config, logps, sharding
 from dpo_jax.data import pack
 from dpo_jax.model import decoder, presets
 from tests import tiny
@@ -51,6 +51,24 @@ def test_the_floor_counts_each_distinct_token_scored_token_and_visible_pair_once
     assert benchmark.floor_flops(shape, data, np.array([0])) == 4 * forward
 
 
+def test_flops_of_steps_are_of_each_batchs_shape_on_all_devices():
+    mesh = sharding.make_mesh(config.Mesh(data=8, fsdp=1), jax.devices())
+    jitted = jax.jit(lambda state, rows: rows @ state)
+    compiled = []
+
+    def compile(state, batch: dict):
+        compiled.append(batch["rows"].shape)
+        return jitted.lower(state, batch["rows"]).compile()
+
+    batches = [{"rows": np.ones((size, 4), np.float32)} for size in (8, 16, 8)]
+    stepper = benchmark_layouts.Stepper(jitted, compile, lambda batch: None, None, iter(()))
+    state = jax.device_put(np.ones((4, 4), np.float32), sharding.replicated(mesh))
+    placed = [jax.device_put(batch, sharding.rows(mesh)) for batch in batches]
+    found = benchmark_layouts.count_flops(stepper, state, placed)
+    assert found == {"flops": 2 * (8 + 16 + 8) * 4 * 4, "uncounted": []}
+    assert compiled == [(8, 4), (16, 4)]
+
+
 def test_a_run_is_trimmed_to_its_steps(folder, tmp_path):
     run = tiny.experiment(
         folder,
@@ -75,20 +93,21 @@ RECORD = {
     "matmul_flops_per_second": 4e9,
     "results": [
         {"name": "packed", "rates": [1000.0, 900.0, 1100.0], "fill": 0.9, "first_step": 4.0}
-        | {"compile": 3.0, "peak": 2**30},
+        | {"compile": 3.0, "peak": 2**30, "flops": 3e6, "uncounted": ["loop while.1", "fft f"]},
         {"name": "trl", "rates": [100.0, 180.0, 55.0], "fill": None, "first_step": 9.0}
-        | {"compile": None, "peak": 2**31},
+        | {"compile": None, "peak": 2**31, "flops": None, "uncounted": []},
     ],
 }
 
 
 def test_the_table_has_medians_and_ratios_round_by_round():
     table = benchmark.describe(RECORD).splitlines()
-    assert (
-        "| packed | 1,000 (900 to 1,100) | 1.00 | 90.0% | 50% | 1.00 GiB | 4.0 s | 3.0 s |" in table
-    )
+    # 3 MFLOP where the floor is 2
+    numbers = "1.00 | 90.0% | 1.50 | 50% | 1.00 GiB | 4.0 s | 3.0 s |"
+    assert f"| packed | 1,000 (900 to 1,100) | {numbers}" in table
     # 10, 5 and 20
-    assert "| trl | 100 (55 to 180) | 10.00 |  | 5% | 2.00 GiB | 9.0 s |  |" in table
+    assert "| trl | 100 (55 to 180) | 10.00 |  |  | 5% | 2.00 GiB | 9.0 s |  |" in table
+    assert table[-1] == "Not in the FLOPs of packed: loop while.1; fft f."
 
 
 def test_a_contender_that_ends_is_an_error_with_its_exit_code():
@@ -113,10 +132,15 @@ def test_layouts_race_from_the_command_line(folder: Path, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "record.json").read_text())
     found = {result["name"]: result for result in record["results"]}
-    assert list(found) == ["packed", "cached", "padded"]
+    assert list(found) == ["packed", "cached", "plain", "padded"]
     assert all(len(result["rates"]) == 2 and min(result["rates"]) > 0 for result in found.values())
     assert found["padded"]["fill"] < found["packed"]["fill"] == found["cached"]["fill"]
     assert all(result["peak"] > 1e7 for result in found.values())
+    floor = record["floor_flops_per_useful_token"]
+    shares = {name: result["flops"] / floor for name, result in found.items()}
+    # a cached reference saves a quarter, but for what is computed twice and in vain
+    assert 0.75 < shares["cached"] < shares["packed"] < shares["plain"] < shares["padded"] < 10
+    assert all(result["uncounted"] == [] for result in found.values())
     assert "| padded |" in done.stdout
 
 
@@ -128,3 +152,25 @@ def test_every_preset_has_a_floor(draw_examples):
 
 def test_layouts_are_named_for_the_command_line():
     assert set(benchmark_layouts.LAYOUTS) == set(benchmark.Settings().layouts)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_stripes_and_all_logits_that_are_timed_give_the_same(trained):
+    size = benchmark_logps.Size(tokens=8, width=6, vocabulary=40, tied=True, trained=trained)
+    (found,) = benchmark_logps.run(3, sizes=(size,))
+    assert len(found.stripes) == len(found.logits) == 3 and min(found.stripes) > 0
+    ways = (benchmark_logps.vocabulary.token_logps, benchmark_logps.from_logits)
+    arguments = benchmark_logps.draw(size, np.float32)
+    one, other = (benchmark_logps.make_gradient(way, size)(*arguments) for way in ways)
+    assert len(one[1]) == 1 + trained
+    for leaf, expected in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(leaf, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_ratio_of_stripes_to_all_logits_is_the_median_of_the_rounds():
+    size = benchmark_logps.Size(tokens=512, width=288)
+    result = benchmark_logps.Result(size, [1.0, 2.0, 9.0], [2.0, 2.0, 10.0])
+    assert (
+        benchmark_logps.describe(result)
+        == "| 288 | 512 | 50,304 | apart, trained | 2.000 s | 2.000 s | 0.90 |"
+    )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import config, initial, sharding
+from dpo_jax.hlo import costs, text
 from dpo_jax.model import attention, blocks, decoder
 from dpo_jax.model.attention import Ids
 from tests import test_lora, tiny
@@ -220,3 +221,19 @@ def test_a_run_computes_in_blocks_on_cpu_unless_it_says_otherwise():
     for choice in (None, "blocks"):
         chosen: Any = make(choice).attend
         assert chosen.func is blocks.attend
+
+
+def test_flops_of_a_gradient_are_those_of_the_pairs_of_blocks(ids, monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK", 32)
+    arrays = draw(ids)
+
+    def loss(query, key, value, ids):
+        return jnp.sum(blocks.attend(query, key, value, ids, ids, scale=SCALE))
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    own = Ids(*map(jnp.asarray, ids))
+    program = text.parse(str(gradient.lower(*arrays[:3], own).compile().as_text()))
+    count = np.asarray(blocks.list_pairs_of_rows(ids, ids, None).count)
+    # two products forward, five backward, of 4 heads of 8 dimensions
+    expected = count.sum() * 7 * 2 * 32 * 32 * 4 * 8
+    assert costs.flops(program, unknown_length=float(count.mean())) == expected

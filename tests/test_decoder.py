@@ -428,8 +428,15 @@ def test_init_is_plain_float32_with_the_stated_deviations():
 def test_head_is_the_embedding_only_where_tied():
     tied, untied = draw_params(VARIANTS["tied"]), draw_params(SMALL)
     assert "head" not in tied
-    np.testing.assert_array_equal(decoder.head(tied, VARIANTS["tied"]).matrix, tied["embedding"].T)
-    np.testing.assert_array_equal(decoder.head(untied, SMALL).matrix, untied["head"])
+    of_tied, of_untied = decoder.head(tied, VARIANTS["tied"]), decoder.head(untied, SMALL)
+    assert (of_tied.is_embedding, of_untied.is_embedding) == (True, False)
+    np.testing.assert_array_equal(of_tied.matrix, tied["embedding"])
+    np.testing.assert_array_equal(of_untied.matrix, untied["head"])
+    assert decoder.vocabulary_size(of_tied) == decoder.vocabulary_size(of_untied) == 40
+    hidden = np.random.default_rng(0).normal(size=(3, SMALL.width)).astype(np.float32)
+    for head, matrix in ((of_tied, tied["embedding"].T), (of_untied, untied["head"])):
+        found = decoder.logits(jnp.asarray(hidden), head)
+        np.testing.assert_allclose(found, hidden @ matrix, rtol=0, atol=1e-5)
 
 
 def test_impossible_shapes_are_errors():

@@ -14,7 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import config, contract, initial, logps, losses, reference, sharding, train_step
+from dpo_jax import (
+    config,
+    contract,
+    initial,
+    logps,
+    losses,
+    reference,
+    sharding,
+    train_step,
+    vocabulary,
+)
 from dpo_jax.data import pack
 from dpo_jax.model import decoder
 from dpo_jax.model.presets import PRESETS
@@ -209,3 +219,32 @@ def test_the_losses_compared_have_gradients_that_differ_and_a_kl(compute):
         assert np.abs(results[one].gradient["embedding"]).max() > 1e-4
         for other in LOSSES:
             assert one == other or deviation(results[one], results[other]) > 0.1
+
+
+def test_a_loss_without_statistics_has_the_same_gradient_from_stripes_of_the_vocabulary(
+    draw_examples, draw_params, monkeypatch
+):
+    policy, anchor = draw_params(MODEL.config, seed=0), draw_params(MODEL.config, seed=2)
+    data = draw_examples(EXAMPLES, seed=2, tokens=(1, 12))
+
+    def score(params, held, batch: dict) -> dict[str, logps.Logps]:
+        return logps.score(MODEL, params, batch)
+
+    def compute(way: Way, stripe: int) -> Result:
+        monkeypatch.setattr(vocabulary, "STRIPE", stripe)
+        devices = jax.devices()[: way.mesh.data * (way.mesh.fsdp or 1) * way.mesh.tensor]
+        mesh = sharding.make_mesh(way.mesh, devices)
+        batch = make_batch(data, sharding.batch_shards(mesh) * way.microbatches, packed=True)
+        live = functools.partial(reference.live, score)
+        scoring = train_step.Scoring(score, live, contract.with_state(losses.dpo))
+        placed, other = (sharding.place(params, mesh) for params in (policy, anchor))
+        state = train_step.TrainState(jnp.int32(0), placed, None)
+        run: Any = jax.jit(functools.partial(way.accumulate, scoring))
+        held = train_step.Held({}, other)
+        gradient, sums = run(state, held, sharding.put_batch(batch, mesh), {"beta": 0.1})
+        found = jax.device_get(sums.metrics["loss"])
+        return Result(found[0] / found[1], 0.0, [], jax.device_get(gradient))
+
+    spread = Way(config.Mesh(2, 2, 2), 2, train_step.make_two_pass(2))
+    assert MODEL.config.vocabulary_size > 2 * 128
+    assert deviation(compute(spread, 128), compute(Way(), 2048)) < TOLERANCE

@@ -68,6 +68,13 @@ def oracle(hidden, head, target, cotangent):
     return picked, slope @ head.T, np.einsum("bsd,bsv->dv", hidden, slope)
 
 
+def chunked(hidden, head: decoder.Head, target) -> jax.Array:
+    """log p(target) where there are statistics, which read whole rows of logits."""
+    places = (jnp.zeros_like(target), jnp.ones_like(target))
+    statistics = {"largest": lambda tokens: jnp.max(tokens.logits, axis=-1)}
+    return logps.token_values(hidden, head, target, places, statistics)[logps.TOTAL]
+
+
 @pytest.mark.parametrize("chunks", [1, 3, 12])
 def test_chunked_log_probabilities_equal_those_of_the_full_logits(monkeypatch, chunks):
     hidden, head, target = random_scored()
@@ -76,7 +83,7 @@ def test_chunked_log_probabilities_equal_those_of_the_full_logits(monkeypatch, c
     cotangent = np.random.default_rng(1).normal(size=target.shape).astype(np.float32)
 
     def total(hidden, head):
-        found = logps.token_logps(hidden, decoder.Head(head), jnp.asarray(target))
+        found = chunked(hidden, decoder.Head(head), jnp.asarray(target))
         return (found * cotangent).sum(), found
 
     gradient = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
@@ -95,7 +102,7 @@ def test_log_probabilities_are_of_biased_and_capped_logits():
     logits = np.asarray(hidden, np.float64) @ np.asarray(matrix, np.float64) + bias
     table = log_softmax(1.5 * np.tanh(logits / 1.5))
     expected = np.take_along_axis(table, target[..., None], -1)[..., 0]
-    found = logps.token_logps(jnp.asarray(hidden), head, jnp.asarray(target))
+    found = chunked(jnp.asarray(hidden), head, jnp.asarray(target))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -103,7 +110,7 @@ def test_of_bfloat16_hidden_states_the_logits_are_float32():
     hidden, head, target = random_scored()
     hidden, head = jnp.bfloat16(hidden), jnp.bfloat16(head)
     expected, *_ = oracle(np.float32(hidden), np.float32(head), target, np.ones(target.shape))
-    found = logps.token_logps(hidden, decoder.Head(jnp.float32(head)), jnp.asarray(target))
+    found = chunked(hidden, decoder.Head(jnp.float32(head)), jnp.asarray(target))
     assert found.dtype == jnp.float32
     # the inputs are rounded to bfloat16 in both, and nothing after them
     np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -147,10 +154,31 @@ def test_neither_pass_holds_the_logits_of_all_scored_tokens(monkeypatch):
     monkeypatch.setattr(logps, "CHUNK_ELEMENTS", chunk)
 
     def total(hidden, head):
-        return logps.token_logps(hidden, decoder.Head(head), jnp.asarray(target)).sum()
+        return chunked(hidden, decoder.Head(head), jnp.asarray(target)).sum()
 
     program = jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(hidden, head)
     assert max(sizes_of(program.jaxpr, vocabulary)) == chunk
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_log_probabilities_are_the_same_with_statistics_and_without(monkeypatch, tied):
+    monkeypatch.setattr(logps, "CHUNK_ELEMENTS", 2 * 3 * 20)
+    hidden, matrix, target = random_scored()
+    bias = jnp.linspace(-1, 1, matrix.shape[1])
+
+    def total(ways, hidden, matrix):
+        head = decoder.Head(matrix.T if tied else matrix, bias, 5.0, tied)
+        found = ways(hidden, head, jnp.asarray(target))
+        return found.sum(), found
+
+    def plain(hidden, head, target):
+        return logps.token_values(hidden, head, target, None, {})[logps.TOTAL]
+
+    (_, one), slopes = jax.value_and_grad(total, (1, 2), has_aux=True)(chunked, hidden, matrix)
+    (_, other), others = jax.value_and_grad(total, (1, 2), has_aux=True)(plain, hidden, matrix)
+    np.testing.assert_allclose(one, other, rtol=1e-6)
+    for slope, other_slope in zip(slopes, others, strict=True):
+        np.testing.assert_allclose(slope, other_slope, rtol=1e-5, atol=2e-6)
 
 
 def test_packed_rows_score_each_completion_as_if_it_were_alone(draw_examples, params):

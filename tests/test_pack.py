@@ -3,8 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dpo_jax import config
-from dpo_jax.data import pack, tokenise, tokenizer
+from dpo_jax.data import ladder, pack, rows, steps, tokenise
 
 # prompt 11 12, chosen 21 22 23, rejected 31 (from elsewhere in the tokens); prompt 41, 51, 61 62
 HAND = tokenise.Tokenised(
@@ -32,7 +31,7 @@ def indices(batch: dict) -> list[int]:
 
 
 def epochs_end_to_end(count: int, seed: int, epochs: int) -> list[int]:
-    return [i for epoch in range(epochs) for i in pack.permutation(count, seed, epoch).tolist()]
+    return [i for epoch in range(epochs) for i in steps.permutation(count, seed, epoch).tolist()]
 
 
 def spans_of(batch: dict, names: tuple[str, ...]) -> dict[tuple[int, int], list[list[int]]]:
@@ -81,7 +80,7 @@ def test_step_s_has_the_examples_s_b_to_s_plus_1_b_of_the_epochs_end_to_end(
 
 
 def test_every_epoch_has_an_order_of_its_own_with_every_example_once():
-    orders = [pack.permutation(30, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
+    orders = [steps.permutation(30, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
     assert all(sorted(order) == list(range(30)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4
 
@@ -97,10 +96,8 @@ def test_the_rows_of_every_batch_are_a_multiple_of_the_parts(draw_examples, part
 
 
 def test_the_layout_of_two_examples_in_one_row_token_by_token():
-    shape = pack.Shape(rows=2, tokens=12, scored=9, examples=3)
-    batch = pack.pack(HAND, pack.Plan(2, 2, 0, (shape,)), np.array([0, 1]))
-    # the longer example is laid out first; which of the two rows is filled is mixed
-    row = int(batch["example"].any(axis=1).argmax())
+    shape = rows.Shape(rows=1, tokens=12, scored=9, examples=3)
+    batch = pack.pack(HAND, pack.Plan(2, 1, 0, (shape,)), np.array([0, 1]))
     expected = {
         "tokens": [11, 12, 21, 22, 23, 31, 41, 51, 61, 62, 0, 0],
         "example": [1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0],
@@ -111,8 +108,7 @@ def test_the_layout_of_two_examples_in_one_row_token_by_token():
         "slot": [1, 1, 1, 2, 3, 4, 4, 0, 0],
     }
     for name, values in expected.items():
-        assert batch[name][row].tolist() == values, name
-        assert not batch[name][1 - row].any(), name
+        assert batch[name].tolist() == [values], name
         assert batch[name].dtype == np.int32
     per_example = {
         "weight": [1, 1, 0],
@@ -120,14 +116,24 @@ def test_the_layout_of_two_examples_in_one_row_token_by_token():
         "desirable": [0.5, 2, 0],
     }
     for name, values in per_example.items():
-        assert batch[name].reshape(2, 3)[row].tolist() == values, name
-        assert not batch[name].reshape(2, 3)[1 - row].any(), name
-    assert batch["length"]["chosen"].reshape(2, 3)[row].tolist() == [3, 1, 0]
-    assert batch["length"]["rejected"].reshape(2, 3)[row].tolist() == [1, 2, 0]
+        assert batch[name].tolist() == values, name
+    assert batch["length"]["chosen"].tolist() == [3, 1, 0]
+    assert batch["length"]["rejected"].tolist() == [1, 2, 0]
     assert list(batch["length"]) == ["chosen", "rejected"]
     assert batch["length"]["chosen"].dtype == np.int32
     assert batch["weight"].dtype == np.float32
-    assert pack.fill(batch) == {"fill/tokens": 10 / 24, "fill/scored": 7 / 18}
+    assert pack.fill(batch) == {"fill/tokens": 10 / 12, "fill/scored": 7 / 9}
+
+
+def test_a_row_without_examples_is_empty_throughout():
+    shape = rows.Shape(rows=2, tokens=12, scored=9, examples=3)
+    batch = pack.pack(HAND, pack.Plan(2, 2, 0, (shape,)), np.array([0]))
+    assert batch["weight"].tolist() == [1, 0, 0, 0, 0, 0]
+    for name in ("tokens", "example", "branch", "position", "source", "target", "slot"):
+        assert batch[name][0].any() and not batch[name][1].any(), name
+    for name in ("chosen", "rejected"):
+        assert not batch["length"][name][1:].any()
+    assert not batch["desirable"][1:].any()
 
 
 def test_a_batch_read_back_holds_the_tokens_of_its_examples(draw_examples):
@@ -182,66 +188,102 @@ def test_evaluation_visits_every_example_once_and_empty_slots_weigh_nothing(
         assert max(slots) <= len(empty) // len(batch["tokens"]) * len(data.names)
 
 
-def test_nothing_exceeds_tokens_scored_and_examples_of_the_shape(draw_examples):
-    data = draw_examples(300, tokens=(1, 30), seed=4)
-    plan = pack.plan(data, 32, 1, seed=0)
-    all_sizes = pack.sizes(data)
-    tight = plan.ladder[-1]._replace(examples=2)
-    for step in range(20):
-        chosen = pack.step_examples(300, 32, 0, step)
-        sizes = pack.Sizes(all_sizes.tokens[chosen], all_sizes.scored[chosen])
-        for shape in (plan.ladder[-1], tight):
-            rows = pack.assign(sizes, shape)
-            assert sorted(place for row in rows for place in row) == list(range(32))
-            assert all(sizes.tokens[row].sum() <= shape.tokens for row in rows)
-            assert all(sizes.scored[row].sum() <= shape.scored for row in rows)
-            assert max(map(len, rows)) <= shape.examples
-    assert max(map(len, rows)) == 2  # the last ones: the limit was met
-
-
-def test_scored_tokens_alone_can_close_a_row():
-    sizes = pack.Sizes(np.array([4, 4, 4]), np.array([3, 3, 3]))
-    rows = pack.assign(sizes, pack.Shape(rows=0, tokens=100, scored=6, examples=9))
-    assert sorted(map(len, rows)) == [1, 2]
-
-
 def test_a_step_that_needs_more_rows_than_the_ladder_has_still_packs(draw_examples):
     data = draw_examples(40, seed=6)
     plan = pack.plan(data, 16, 2, seed=0)
     largest = plan.ladder[-1]
     short = dataclasses.replace(plan, ladder=(largest._replace(rows=2, tokens=32, scored=32),))
     batch = pack.batch(data, short, 0)
-    assert indices(batch) == sorted(pack.step_examples(40, 16, 0, 0).tolist())
+    assert indices(batch) == sorted(pack.examples(40, plan, 0).tolist())
     assert len(batch["tokens"]) > 2
     assert len(batch["tokens"]) % 2 == 0
+    # no more than it needs: two rows fewer do not hold it
+    step = rows.sizes(data, indices=pack.examples(40, plan, 0))
+    fewer = rows.Shape(len(batch["tokens"]) - 2, 32, 32, largest.examples)
+    assert rows.assign(step, fewer) is None
 
 
-def test_a_batch_takes_the_smallest_rung_that_holds_it():
-    rungs = tuple(pack.Shape(rows, 6, 6, 1) for rows in (1, 2, 4))
+def test_an_example_that_no_row_of_the_plan_holds_is_an_error_with_its_size(draw_examples):
+    data = draw_examples(4, tokens=(20, 30))
+    plan = pack.plan_within(10, 5, 4, 1)
+    with pytest.raises(ValueError, match=r"an example has \d+ tokens in a row, .* tokens=32"):
+        pack.pack(data, plan, np.arange(4))
+
+
+def test_a_plan_made_before_the_examples_holds_as_many_of_the_largest_as_it_says(draw_examples):
+    data = draw_examples(48, ("completion",), tokens=(9, 9))
+    plan = pack.plan_within(18, 9, 16, 2)
+    for batch in pack.evaluation_batches(data, plan):
+        assert batch["weight"].sum() == 16
+        assert len(batch["tokens"]) in [shape.rows for shape in plan.ladder]
+
+
+def test_a_batch_takes_the_cheapest_rung_that_holds_it():
+    rungs = tuple(rows.Shape(number, 6, 6, 1) for number in (1, 2, 4))
     plan = pack.Plan(2, 1, 0, rungs)
     assert len(pack.pack(HAND, plan, np.array([0]))["tokens"]) == 1
     assert len(pack.pack(HAND, plan, np.array([0, 1]))["tokens"]) == 2
     assert len(pack.pack(HAND, plan, np.array([0, 1, 0]))["tokens"]) == 4
 
 
-def test_a_plan_has_few_shapes_that_differ_in_rows_alone(draw_examples):
+def test_a_plan_has_few_shapes_and_says_what_fewer_and_more_would_fill(draw_examples):
     plan = pack.plan(draw_examples(500, tokens=(1, 60)), 16, 1, seed=0)
-    assert 1 <= len(plan.ladder) <= pack.LADDER
-    assert len({shape[1:] for shape in plan.ladder}) == 1
-    rows = [shape.rows for shape in plan.ladder]
-    assert rows == sorted(set(rows))
+    assert 1 <= len(plan.ladder) <= ladder.MOST_SHAPES == len(plan.curve)
+    costs = [ladder.cost(shape) for shape in plan.ladder]
+    assert costs == sorted(set(costs))
+    text = pack.describe(plan, 500, 125)
+    assert text.startswith("125 steps of 16 examples: 4 epochs\n")
+    largest = plan.ladder[-1]
+    assert f"{largest.rows} x {largest.tokens} ({largest.scored})" in text
+    assert f"4 shapes {plan.curve[3].tokens:.1%} ({plan.curve[3].scored:.1%})" in text
 
 
-def test_rows_of_real_pairs_are_over_85_percent_full(shared):
-    settings = config.Data(
-        source=str(shared / "data" / "hh_harmless_train.jsonl.gz"),
-        tokenizer=str(shared / "tokenizers" / "neox-20b"),
-        eos_token="<|endoftext|>",
-        max_length=512,
-        max_prompt_length=256,
-        bad_rows="drop",
-    )
-    data, _ = tokenise.load(settings, tokenizer.load_tokenizer(settings, None), "pairs")
-    plan = pack.plan(data, 64, 1, seed=0)
-    fills = [pack.fill(pack.batch(data, plan, step)) for step in range(20)]
-    assert np.mean([fill["fill/tokens"] for fill in fills]) > 0.85
+def by_tokens(data: tokenise.Tokenised, parts: int = 2, number: int = 40) -> pack.Plan:
+    return pack.plan_by_tokens(data, 1024, parts, 5, number)
+
+
+def starts(plan: pack.Plan) -> list[int]:
+    assert plan.starts is not None
+    return plan.starts.tolist()
+
+
+@pytest.mark.parametrize("names", [("chosen", "rejected"), ("completion", "mismatched")])
+def test_steps_counted_in_tokens_take_every_example_in_turn(draw_examples, names):
+    data = draw_examples(90, names, tokens=(2, 30))
+    plan = by_tokens(data)
+    found = [pack.batch(data, plan, step) for step in range(40)]
+    taken = [i for step in range(40) for i in pack.examples(90, plan, step).tolist()]
+    assert taken == epochs_end_to_end(90, 5, len(taken) // 90 + 1)[: len(taken)]
+    for step, batch in enumerate(found):
+        assert indices(batch) == sorted(pack.examples(90, plan, step).tolist())
+        assert len(batch["tokens"]) % 2 == 0
+    held = [batch["tokens"].size for batch in found]
+    # none of the drawn steps needs a shape of its own
+    assert max(held) <= 1024 and len({batch["tokens"].shape for batch in found}) <= 4
+    # the examples that they take differ in number, and few would have found room in the last step
+    assert len({batch["weight"].sum() for batch in found}) > 1
+    assert np.mean([pack.fill(batch)["fill/tokens"] for batch in found]) > 0.9
+
+
+def test_steps_counted_in_tokens_are_a_function_of_data_seed_step_and_parts(draw_examples):
+    data = draw_examples(90, tokens=(2, 30))
+    plan, again = by_tokens(data), by_tokens(dataclasses.replace(data, tokens=data.tokens.copy()))
+    assert plan.ladder == again.ladder and starts(plan) == starts(again)
+    assert pack.fingerprint(plan) == pack.fingerprint(again)
+    # of a plan made anew, as a resumed run makes it, without the steps before
+    assert equal(pack.batch(data, plan, 7), pack.batch(data, again, 7))
+    # a longer run begins with the same steps
+    assert starts(by_tokens(data, number=60))[:41] == starts(plan)
+    assert pack.fingerprint(by_tokens(data, parts=8)) != pack.fingerprint(plan)
+    other_end = dataclasses.replace(plan, starts=np.array([*starts(plan)[:-1], 0]))
+    assert pack.fingerprint(other_end) != pack.fingerprint(plan)
+
+
+def test_an_example_longer_than_the_rows_of_batch_tokens_is_refused_with_what_is_needed(
+    draw_examples,
+):
+    data = draw_examples(90, tokens=(2, 30))
+    needed = 8 * ladder.round_up(rows.sizes(data).tokens.max(), 32)
+    with pytest.raises(ValueError, match=rf"batch_tokens is 500, .* take {needed}: raise"):
+        pack.plan_by_tokens(data, 500, 8, 0, 10)
+    pack.plan_by_tokens(data, needed, 8, 0, 10)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_jax import config
+from dpo_jax import config, losses
 from dpo_jax.data import show, tokenise, tokenizer
 
 
@@ -47,6 +47,8 @@ def test_as_many_examples_as_asked_for_are_shown(data: config.Data):
 def test_the_fill_of_the_rows_is_that_of_the_first_batch(data: config.Data):
     words = tokenizer.load_tokenizer(data, None)
     train, _ = tokenise.load(data, words, "pairs")
-    text = show.rows(train, 8, 0)
+    run = config.Experiment(config.Loss(losses.dpo), steps=25, batch_size=8, data=data)
+    text = show.rows(train, run)
     assert text.startswith("50 rows gave 50 examples")
-    assert "8 examples a step" in text and "step 0 fills" in text
+    assert "25 steps of 8 examples: 4 epochs" in text and "step 0 fills" in text
+    assert " of 8 examples" not in show.rows(train, run.replace(batch_tokens=512))

@@ -3,19 +3,24 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from dpo_jax import checkpoint, config, flags, initial, losses, sharding, train
-from dpo_jax.data import builtin
+from dpo_jax import assemble, checkpoint, config, flags, initial, losses, sharding, train
+from dpo_jax.data import builtin, pack
 from tests import tiny
+
+# without evaluations, whose programs take longer to compile than a few steps to run
+ALONE = {"evaluate_every": None, "checkpoint_every": None, "data.evaluation_source": None}
 
 
 def lines(workdir: Path) -> list[dict]:
@@ -40,6 +45,81 @@ def test_a_run_leaves_its_config_metrics_checkpoint_and_done(folder: Path, tmp_p
     evaluated = [line["step"] for line in found if "eval/rewards/accuracies" in line]
     assert evaluated == [0, 3, 6]
     assert found[0]["eval/rewards/accuracies"] == pytest.approx(0.5)
+    assert all(line["time/data_wait"] >= 0 for line in tiny.metrics(tmp_path / "run")[1:])
+
+
+def test_a_run_prints_its_shapes_and_what_they_fill(folder: Path, tmp_path: Path, capsys):
+    run = tiny.experiment(folder, tmp_path / "run", steps=1, **ALONE)
+    train.train(run, tiny.FILE)
+    printed = capsys.readouterr().out
+    assert "1 steps of 8 examples: 0.16 epochs" in printed
+    assert "over 8 batch shards x microbatches: 8 x " in printed
+    assert re.search(r"filled with 1 shape [\d.]+% \([\d.]+%\), .*4 shapes", printed)
+
+
+def test_steps_counted_in_tokens_are_means_over_their_examples(folder: Path, tmp_path: Path):
+    kind = {"batch_tokens": 2048, "batch_size": 4, "steps": 2, **ALONE}
+    train.train(tiny.experiment(folder, tmp_path / "whole", **kind), tiny.FILE)
+    halves = {**kind, "microbatches": 2, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
+    train.train(tiny.experiment(folder, tmp_path / "halves", **halves), tiny.FILE)
+    # with as many parts the steps take the same examples
+    whole, halved = lines(tmp_path / "whole"), lines(tmp_path / "halves")
+    assert len(whole) == len(halved) == 3
+    for one, other in zip(whole[1:], halved[1:], strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
+        assert one["fill/tokens"] > 0.8
+
+
+def test_steps_counted_in_tokens_do_not_go_on_with_other_shards(folder: Path, tmp_path: Path):
+    kind = {"batch_tokens": 2048, "steps": 1, "mesh.fsdp": None, **ALONE}
+    run = tiny.experiment(folder, tmp_path / "run", **kind)
+    train.train(run, tiny.FILE)
+    (tmp_path / "run" / "DONE").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        one = jax.devices()[:1]
+        patch.setattr(jax, "devices", lambda: one)
+        with pytest.raises(ValueError, match="started with other batch shards, by which batch_tok"):
+            train.train(run, tiny.FILE)
+
+
+def test_what_goes_wrong_while_a_batch_is_made_is_raised_with_its_own_traceback(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(data, plan, step):
+        asked.append(step)
+        if step == 2:
+            raise OverflowError("from the thread")
+        return whole(data, plan, step)
+
+    asked, whole = [], pack.batch
+    monkeypatch.setattr(pack, "batch", broken)
+    run = tiny.experiment(folder, tmp_path / "run", **ALONE)
+    with pytest.raises(OverflowError, match="from the thread") as raised:
+        train.train(run, tiny.FILE)
+    assert [entry.name for entry in raised.traceback][-2:] == ["make", "broken"]
+    # the two steps before it were taken; the thread has ended
+    assert [line["step"] for line in lines(tmp_path / "run")][:2] == [0, 1]
+    assert not [one for one in threading.enumerate() if one.name.startswith("batches")]
+
+
+def test_batches_are_made_ahead_and_no_further_once_the_run_stops(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def counted(data, plan, step):
+        asked.append(step)
+        return whole(data, plan, step)
+
+    asked, whole = [], pack.batch
+    monkeypatch.setattr(pack, "batch", counted)
+    run, _ = assemble.assemble(
+        tiny.experiment(folder, tmp_path), sharding.make_mesh(config.Mesh(), jax.devices())
+    )
+    made = train.batches(run, 1)
+    step, _, facts = next(made)
+    assert step == 1 and {"fill/tokens", "fill/scored", "time/data_wait"} <= set(facts)
+    made.close()
+    assert asked[0] == 1 and len(asked) <= 1 + train.AHEAD
+    assert not [one for one in threading.enumerate() if one.name.startswith("batches")]
 
 
 def test_a_finished_run_is_left_alone(folder: Path, tmp_path: Path, capsys):
@@ -89,6 +169,17 @@ KINDS = {
         "reference.update_weight": 0.5,
     },
     "narrow": lambda: {"optimizer.moments_dtype": "bfloat16"},
+    # steps of as many examples as fill them, in two microbatches of which KTO's KL is global
+    "kto by tokens": lambda: {
+        "loss": config.Loss(losses.kto),
+        "data.examples": "unpaired",
+        "microbatches": 2,
+        "batch_tokens": 4096,
+        # parameters whole on each device: XLA's CPU devices can wait for each other for ever in
+        # gathers that do not depend on each other, of which two passes have many
+        "mesh.data": 8,
+        "mesh.fsdp": 1,
+    },
     # statistics of tokens, from a table
     "ld_dpo": lambda: {"loss": config.Loss(losses.ld_dpo), "reference.cached": True},
 }
@@ -107,6 +198,7 @@ def run_killed(folder: Path, workdir: Path, step: int, sent: str, kind: str) -> 
         ("dpo", 5),
         ("dpo", 1),
         ("bco", 5),
+        ("kto by tokens", 5),
         pytest.param("kto", 5, marks=pytest.mark.slow),
         pytest.param("narrow", 5, marks=pytest.mark.slow),
         pytest.param("ld_dpo", 5, marks=pytest.mark.slow),
@@ -239,6 +331,7 @@ def test_the_handler_of_sigterm_from_before_a_run_is_put_back(
     [
         ({"data.source": "{folder}/trian.jsonl"}, r"trian\.jsonl.*train\.jsonl"),
         ({"batch_size": 12}, r"batch_size 12 does not divide over 8 batch shards.*8 or 16"),
+        ({"batch_tokens": 300}, r"batch_tokens is 300, .* 8 rows .* take \d+: raise"),
         ({"mesh.tensor": 3}, r"mesh\.tensor 3 = 24 devices, and there are 8"),
         ({"model.source": "tinny"}, r"tinny"),
         ({"data.max_length": 8, "data.over_length": "error"}, r"train\.jsonl:1"),

@@ -6,75 +6,43 @@ completions of an example, N = B * E slots for examples.
 """
 
 import dataclasses
-from typing import NamedTuple
+import hashlib
+import itertools
+from collections.abc import Iterator
 
 import numpy as np
 
-from dpo_jax.data import tokenise
+from dpo_jax import config
+from dpo_jax.data import ladder as data_ladder
+from dpo_jax.data import rows, steps, tokenise
 
 # the name under which a prompt's own tokens are scored
 PROMPT = "prompt"
-MULTIPLE = 32
-LADDER = 4
-# examples of the steps that are tried out while the shapes are chosen
-SIMULATED_EXAMPLES = 3072
-# a further compiled shape must save at least this share of the rows
-WORTH_A_SHAPE = 0.04
-
-
-class Shape(NamedTuple):
-    """A compiled shape: rows B, tokens L, scored S, examples E."""
-
-    rows: int
-    tokens: int
-    scored: int
-    examples: int
+# examples of the steps that are tried out while the shapes are chosen, and how many steps they are
+SAMPLED_EXAMPLES = 24576
+FEWEST_SAMPLED, MOST_SAMPLED = 16, 384
+# among so many times as many steps the largest are looked for, this many by tokens and as many by
+# scored tokens
+LOOKED_THROUGH, LARGEST = 4, 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """How the steps of a run are laid out in rows."""
 
+    # examples of an evaluation's batch, and of a step where `starts` is None
     batch_size: int
     parts: int
     seed: int
-    # from few rows to many; equal but for rows
-    ladder: tuple[Shape, ...]
+    # from cheap to dear
+    ladder: tuple[rows.Shape, ...]
     # the prompts' own tokens are scored too, but for the first, as a completion PROMPT
     scores_prompt: bool = False
-
-
-class Sizes(NamedTuple):
-    """Tokens that each example takes in a row (int64 [N]), and how many of them are scored (int64
-    [N]).
-    """
-
-    tokens: np.ndarray
-    scored: np.ndarray
-
-
-def sizes(data: tokenise.Tokenised, scores_prompt: bool = False) -> Sizes:
-    """Row tokens and scored tokens of each example: every token of its completions and, where the
-    prompt is scored, those of the prompt but the first.
-    """
-    prompts = data.prompts[:, 1] - data.prompts[:, 0]
-    scored = (data.completions[:, :, 1] - data.completions[:, :, 0]).sum(axis=1)
-    return Sizes(prompts + scored, scored + prompts - 1 if scores_prompt else scored)
-
-
-def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    """Order of the examples in an epoch: int64 [count], a function of (seed, epoch)."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
-
-
-def step_examples(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """Examples [step b, (step + 1) b) of the epochs' orders, end to end: int64 [b]. A step may
-    straddle epochs.
-    """
-    first, last = step * batch_size, (step + 1) * batch_size
-    epochs = range(first // count, (last - 1) // count + 1)
-    order = np.concatenate([permutation(count, seed, epoch) for epoch in epochs])
-    return order[first - epochs[0] * count :][:batch_size]
+    # what 1, 2, ... shapes would fill
+    curve: tuple[data_ladder.Fill, ...] = ()
+    # places in the epochs' orders at which the steps start, and the last one's end, int64 [steps +
+    # 1], where they are counted in tokens
+    starts: np.ndarray | None = None
 
 
 def plan(
@@ -85,18 +53,77 @@ def plan(
     *,
     scores_prompt: bool = False,
 ) -> Plan:
-    """Chooses the ladder of shapes from the lengths alone, so that a typical step wastes least.
+    """Chooses the shapes for steps of so many examples, from the lengths alone, so that a typical
+    step wastes least.
 
     `parts` is batch shards times microbatches; the rows of every shape are a multiple of it.
     With `scores_prompt`, the prompts' own tokens are scored too.
     """
-    all_sizes, count = sizes(data, scores_prompt), len(data.prompts)
-    simulated = range(min(max(SIMULATED_EXAMPLES // batch_size, 4), 48))
-    sampled = [step_examples(count, batch_size, seed, step) for step in simulated]
-    steps = [Sizes(all_sizes.tokens[i], all_sizes.scored[i]) for i in sampled]
-    candidates = [_fit(shape, steps, parts) for shape in _candidates(all_sizes, batch_size)]
-    _, ladder = min(candidates, key=lambda candidate: candidate[0])
-    return Plan(batch_size, parts, seed, ladder, scores_prompt)
+    all_sizes = rows.sizes(data, scores_prompt)
+    count = sampled_steps(batch_size)
+    starts = steps.by_number(batch_size, count * LOOKED_THROUGH)
+    found = steps.sizes(all_sizes, starts, seed)
+    sampled = rows.Sizes(found.tokens[:count], found.scored[:count])
+    climbed = data_ladder.climb(sampled, parts, most(all_sizes))
+    climbed = data_ladder.widen(climbed, largest(found))
+    return Plan(batch_size, parts, seed, climbed.shapes, scores_prompt, climbed.curve)
+
+
+def plan_by_tokens(
+    data: tokenise.Tokenised,
+    batch_tokens: int,
+    parts: int,
+    seed: int,
+    number: int,
+    *,
+    scores_prompt: bool = False,
+) -> Plan:
+    """The same for a number of steps that take examples until at most so many positions are full.
+
+    ValueError where that is too few for the longest example.
+    """
+    all_sizes = rows.sizes(data, scores_prompt)
+    count = sampled_steps(round(batch_tokens / all_sizes.tokens.mean()))
+
+    def cut(limit: int) -> rows.Sizes:
+        starts = steps.by_tokens(all_sizes.tokens, limit, seed, count)
+        return steps.sizes(all_sizes, starts, seed)
+
+    climbed, limit = data_ladder.climb_within(cut, batch_tokens, parts, most(all_sizes))
+    starts = steps.by_tokens(all_sizes.tokens, limit, seed, number)
+    fewest = int(np.diff(starts).min())
+    return Plan(fewest, parts, seed, climbed.shapes, scores_prompt, climbed.curve, starts)
+
+
+def plan_run(
+    data: tokenise.Tokenised,
+    experiment: config.Experiment,
+    parts: int,
+    *,
+    scores_prompt: bool = False,
+) -> Plan:
+    """The plan of a run's training steps, counted in examples or in tokens as it says."""
+    size, seed, tokens = experiment.batch_size, experiment.seed, experiment.batch_tokens
+    if tokens is None:
+        return plan(data, size, parts, seed, scores_prompt=scores_prompt)
+    return plan_by_tokens(data, tokens, parts, seed, experiment.steps, scores_prompt=scores_prompt)
+
+
+def sampled_steps(examples: int) -> int:
+    """How many steps of so many examples are tried out."""
+    return int(np.clip(SAMPLED_EXAMPLES // max(examples, 1), FEWEST_SAMPLED, MOST_SAMPLED))
+
+
+def most(all_sizes: rows.Sizes) -> rows.Most:
+    """Most tokens and most scored tokens of an example."""
+    return rows.Most(int(all_sizes.tokens.max()), int(all_sizes.scored.max()))
+
+
+def largest(found: rows.Sizes) -> list[rows.Sizes]:
+    """The largest of the steps [n, b], by tokens and by scored tokens."""
+    totals = np.stack([one.sum(axis=1) for one in found])
+    numbers = np.unique(np.argsort(-totals, axis=1, kind="stable")[:, :LARGEST])
+    return [rows.Sizes(found.tokens[one], found.scored[one]) for one in numbers]
 
 
 def plan_within(longest: int, scored: int, batch_size: int, parts: int) -> Plan:
@@ -105,79 +132,50 @@ def plan_within(longest: int, scored: int, batch_size: int, parts: int) -> Plan:
     Two of the largest fit into a row, so that no step needs more than half as many rows as
     examples.
     """
-    tokens, scored = _round_up(2 * longest, MULTIPLE), _round_up(2 * scored, MULTIPLE)
-    rows = dict.fromkeys(_round_up(batch_size / share, parts) for share in (8, 4, 2))
-    shapes = (Shape(count, tokens, scored, min(batch_size, 16)) for count in rows)
+    tokens = data_ladder.round_up(2 * longest, data_ladder.TOKENS_MULTIPLE)
+    scored = data_ladder.round_up(2 * scored, data_ladder.SCORED_MULTIPLE)
+    counts = dict.fromkeys(data_ladder.round_up(batch_size / share, parts) for share in (8, 4, 2))
+    shapes = (rows.Shape(count, tokens, scored, min(batch_size, 16)) for count in counts)
     return Plan(batch_size, parts, 0, tuple(shapes))
 
 
-def _candidates(all_sizes: Sizes, batch_size: int) -> list[Shape]:
-    longest, most_scored = int(all_sizes.tokens.max()), int(all_sizes.scored.max())
-    share = all_sizes.scored.sum() / all_sizes.tokens.sum()
-    shapes = set()
-    for factor in (1.0, 1.25, 1.5, 2.0, 3.0):
-        tokens = _round_up(longest * factor, MULTIPLE)
-        examples = min(batch_size, int(np.ceil(2 * tokens / all_sizes.tokens.mean())))
-        for slack in (1.0, 1.1, 1.25, 1.5):
-            scored = min(
-                tokens,
-                max(_round_up(tokens * share * slack, MULTIPLE), _round_up(most_scored, MULTIPLE)),
-            )
-            shapes.add(Shape(0, tokens, scored, examples))
-    return sorted(shapes)
-
-
-def _fit(shape: Shape, steps: list[Sizes], parts: int) -> tuple[float, tuple[Shape, ...]]:
-    """Mean cost of a step with this shape's rows, and the ladder over the number of rows."""
-    needed = np.array([_round_up(len(assign(step, shape)), parts) for step in steps])
-    ladders = [_rungs(needed, count) for count in range(1, LADDER + 1)]
-    best = min(mean for _, mean in ladders)
-    rungs, mean = next(ladder for ladder in ladders if ladder[1] <= best * (1 + WORTH_A_SHAPE))
-    # a body token costs about as much as a scored one; attention makes long rows dearer
-    cost = mean * (shape.tokens * (1 + shape.tokens / 2048) + shape.scored)
-    return float(cost), tuple(shape._replace(rows=int(rung)) for rung in rungs)
-
-
-def _rungs(needed: np.ndarray, count: int) -> tuple[np.ndarray, float]:
-    """At most `count` numbers of rows that hold every step, and the mean over the steps of that
-    used.
+def describe(plan: Plan, count: int, number: int) -> str:
+    """What `number` steps take of `count` examples, the shapes and what they fill, for the
+    terminal.
     """
-    quantiles = np.linspace(1 / count, 1, count)
-    rungs = np.unique(np.quantile(needed, quantiles, method="higher"))
-    return rungs, float(rungs[np.searchsorted(rungs, needed)].mean())
+    taken = plan.batch_size * number if plan.starts is None else int(plan.starts[number])
+    shapes = ", ".join(f"{s.rows} x {s.tokens} ({s.scored})" for s in plan.ladder)
+    curve = ", ".join(
+        f"{shapes} {'shape' if shapes == 1 else 'shapes'} {one.tokens:.1%} ({one.scored:.1%})"
+        for shapes, one in enumerate(plan.curve, 1)
+    )
+    return (
+        f"{number} steps of {taken / number:.4g} examples: {taken / count:.3g} epochs\n"
+        f"rows x tokens (of which scored) over {plan.parts} batch shards x microbatches: {shapes}\n"
+        f"positions (scored positions) filled with {curve}"
+    )
 
 
-def assign(step: Sizes, shape: Shape) -> list[list[int]]:
-    """Best fit, longest first: rows of places in the step, each within L, S and E of the shape.
+def examples(count: int, plan: Plan, step: int) -> np.ndarray:
+    """The examples of a step, of `count` in the data: int64 [b]."""
+    if plan.starts is None:
+        first, last = step * plan.batch_size, (step + 1) * plan.batch_size
+    else:
+        first, last = plan.starts[step : step + 2].tolist()
+    return steps.between(count, plan.seed, first, last)
 
-    The order of the rows is mixed, so that no shard or microbatch gets the longest examples.
-    """
-    rows: list[list[int]] = []
-    free_tokens, free_scored = np.empty(len(step.tokens), int), np.empty(len(step.tokens), int)
-    for place in np.argsort(-step.tokens, kind="stable").tolist():
-        tokens, scored = int(step.tokens[place]), int(step.scored[place])
-        opened = len(rows)
-        fits = (free_tokens[:opened] >= tokens) & (free_scored[:opened] >= scored)
-        if fits.any():
-            row = int(np.where(fits, free_tokens[:opened], np.iinfo(int).max).argmin())
-        else:
-            row = opened
-            rows.append([])
-            free_tokens[row], free_scored[row] = shape.tokens, shape.scored
-        rows[row].append(place)
-        free_tokens[row] -= tokens
-        free_scored[row] -= scored
-        if len(rows[row]) == shape.examples:
-            free_tokens[row] = 0
-    mixed = np.random.Generator(np.random.Philox(key=len(rows))).permutation(len(rows))
-    return [rows[row] for row in mixed]
+
+def fingerprint(plan: Plan) -> str:
+    """Content hash of which examples each step takes where they are counted in tokens."""
+    starts = b"" if plan.starts is None else np.asarray(plan.starts, np.int64).tobytes()
+    return hashlib.blake2b(starts, digest_size=16).hexdigest()
 
 
 def batch(data: tokenise.Tokenised, plan: Plan, step: int) -> dict:
     """The batch of a training step, as `docs/design.md` lists it, NumPy arrays, and `index` int32
     [N] beside it.
     """
-    return pack(data, plan, step_examples(len(data.prompts), plan.batch_size, plan.seed, step))
+    return pack(data, plan, examples(len(data.prompts), plan, step))
 
 
 def evaluation_batches(data: tokenise.Tokenised, plan: Plan):
@@ -187,21 +185,31 @@ def evaluation_batches(data: tokenise.Tokenised, plan: Plan):
 
 
 def pack(data: tokenise.Tokenised, plan: Plan, indices: np.ndarray) -> dict:
-    """These examples in rows of the smallest shape of the ladder that holds them."""
-    all_sizes = sizes(data, plan.scores_prompt)
-    step = Sizes(all_sizes.tokens[indices], all_sizes.scored[indices])
-    rows = assign(step, plan.ladder[-1])
-    needed = _round_up(len(rows), plan.parts)
-    # a step that needs more rows than any that was simulated has a shape of its own
-    shape = next(
-        (s for s in plan.ladder if s.rows >= needed), plan.ladder[-1]._replace(rows=needed)
+    """These examples in rows of the cheapest shape of the ladder that holds them."""
+    step = rows.sizes(data, plan.scores_prompt, indices)
+    for shape in itertools.chain(plan.ladder, own_shapes(plan, len(indices))):
+        found = rows.assign(step, shape)
+        if found is not None:
+            members = [[int(indices[place]) for place in row] for row in found]
+            return _fill(data, members, shape, plan.scores_prompt)
+    raise ValueError(
+        f"an example has {step.tokens.max()} tokens in a row, {step.scored.max()} of them scored, "
+        f"and the plan was made for examples of at most {plan.ladder[-1]}"
     )
-    members = [[int(indices[place]) for place in row] for row in rows]
-    return _fill(data, members, shape, plan.scores_prompt)
+
+
+def own_shapes(plan: Plan, examples: int) -> Iterator[rows.Shape]:
+    """Shapes for a step that no planned one holds: the largest with more rows, up to one for each
+    example.
+    """
+    last = plan.ladder[-1]
+    most = max(data_ladder.round_up(examples, plan.parts), last.rows + plan.parts)
+    for count in range(last.rows + plan.parts, most + 1, plan.parts):
+        yield last._replace(rows=count)
 
 
 def _fill(
-    data: tokenise.Tokenised, rows: list[list[int]], shape: Shape, scores_prompt: bool
+    data: tokenise.Tokenised, members: list[list[int]], shape: rows.Shape, scores_prompt: bool
 ) -> dict:
     body = {
         k: np.zeros((shape.rows, shape.tokens), np.int32)
@@ -214,9 +222,9 @@ def _fill(
     index, weight = np.zeros(slots, np.int32), np.zeros(slots, np.float32)
     names: list[str] = sorted([*data.names, *([PROMPT] if scores_prompt else [])])
     length = {name: np.zeros(slots, np.int32) for name in names}
-    for row, examples in enumerate(rows):
+    for row, inside in enumerate(members):
         at, at_scored = 0, 0
-        for local, example in enumerate(examples):
+        for local, example in enumerate(inside):
             slot = row * shape.examples + local
             index[slot], weight[slot] = example, 1.0
             spans = dict(zip(data.names, data.completions[example], strict=True))
@@ -272,7 +280,3 @@ def fill(batch: dict) -> dict[str, float]:
         "fill/tokens": float((batch["example"] > 0).mean()),
         "fill/scored": float((batch["slot"] > 0).mean()),
     }
-
-
-def _round_up(number: float, multiple: int) -> int:
-    return int(np.ceil(number / multiple)) * multiple

@@ -58,15 +58,13 @@ def text(ids: np.ndarray, words: tokenizer.Tokenizer) -> str:
     return BAR.join(words.token_text(int(token)) for token in ids).replace("\n", "\\n")
 
 
-def rows(data: tokenise.Tokenised, batch_size: int, seed: int) -> str:
-    """How the first step lies in rows on one shard: the compiled shapes and the fill."""
-    plan = pack.plan(data, batch_size, 1, seed)
-    batch = pack.batch(data, plan, 0)
-    shapes = "; ".join(f"{s.rows} x {s.tokens} ({s.scored} scored)" for s in plan.ladder)
-    fill = pack.fill(batch)
+def rows(data: tokenise.Tokenised, experiment: config.Experiment) -> str:
+    """How the steps lie in rows on one shard: the compiled shapes and the fill."""
+    plan = pack.plan_run(data, experiment, 1)
+    fill = pack.fill(pack.batch(data, plan, 0))
     return (
         f"{tokenise.describe(data.report)}\n"
-        f"rows x tokens of the compiled shapes, {batch_size} examples a step: {shapes}\n"
+        f"{pack.describe(plan, len(data.prompts), experiment.steps)}\n"
         f"step 0 fills {fill['fill/tokens']:.0%} of its positions and "
         f"{fill['fill/scored']:.0%} of its scored positions"
     )

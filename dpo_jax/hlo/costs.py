@@ -39,23 +39,30 @@ class Made(NamedTuple):
     op_name: str
 
 
-def flops(program: text.Program) -> int:
+def flops(program: text.Program, *, unknown_length: float = 1) -> int:
     """FLOPs of one run on one device; what `uncounted` names is not in it.
 
-    A loop's body counts as often as it runs, a conditional as its costliest branch.
+    A loop's body counts as often as it runs, `unknown_length` times where the program does not say
+    it, a conditional as its costliest branch.
     """
-    return flops_of(program, program.entry, {})
+    return round(flops_of(program, program.entry, unknown_length, {}))
 
 
-def flops_of(program: text.Program, name: str, known: dict[str, int]) -> int:
+def flops_of(
+    program: text.Program, name: str, unknown_length: float, known: dict[str, float]
+) -> float:
     """FLOPs of one run of a computation; those `known` by name are not counted again."""
     if name not in known:
-        computation, total = program.computations[name], 0
+        computation, total = program.computations[name], 0.0
         for instruction in computation.instructions.values():
+            is_loop = instruction.opcode == "while"
+            told = not is_loop or loops.trip_count(program, computation, instruction) is not None
             called = [
-                times * flops_of(program, callee, known)
+                times * flops_of(program, callee, unknown_length, known)
                 for callee, times in loops.callees(program, computation, instruction)
             ]
+            if not told:
+                called = [unknown_length * one for one in called]
             taken = max(called, default=0) if instruction.opcode == "conditional" else sum(called)
             total += taken + (flops_of_one(computation, instruction) or 0)
         known[name] = total

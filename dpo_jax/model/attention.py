@@ -73,8 +73,10 @@ def attend(
     return mixed.reshape(batch, length, heads, head_dim)
 
 
-def shards(rows: NamedSharding) -> int:
-    """Over how many shards the first axis of an array lies."""
-    axes = rows.spec[0] or ()
-    names = (axes,) if isinstance(axes, str) else axes
-    return math.prod(rows.mesh.shape[name] for name in names)
+def divides(shape: tuple[int, ...], where: NamedSharding) -> bool:
+    """Whether every axis of an array divides over its shards."""
+    for size, axes in zip(shape, where.spec, strict=False):
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        if size % math.prod(where.mesh.shape[name] for name in names):
+            return False
+    return True

@@ -69,7 +69,7 @@ def attend(
     """
     run = functools.partial(attend_rows, Form(scale, window, cap))
     inputs = query, key, value, query_ids, key_ids
-    if rows is None or len(query) % attention.shards(rows):
+    if rows is None or not attention.divides(query.shape[:1], rows):
         return run(*inputs)
     divides = key.shape[2] % rows.mesh.shape[HEADS_AXIS] == 0
     heads = P(rows.spec[0], None, HEADS_AXIS if divides else None, None)
@@ -95,26 +95,40 @@ def attend_rows(
     """Attention of rows on one device: [B, Lq, H, Dh]."""
     batch, length, heads, head_dim = query.shape
     key_heads, groups = key.shape[2], query.shape[2] // key.shape[2]
-    size = min(BLOCK, -(-max(length, key.shape[1]) // 8) * 8)
-
-    def cut(array: jax.Array) -> jax.Array:
-        rest = ((0, 0),) * (array.ndim - 2)
-        padded = jnp.pad(array, ((0, 0), (0, -array.shape[1] % size), *rest))
-        return padded.reshape(-1, size, *array.shape[2:])
-
+    pairs = list_pairs_of_rows(query_ids, key_ids, form.window)
+    size = pairs.query_ids.example.shape[1]
+    cut = functools.partial(cut_rows, size=size)
     grouped = cut(query.reshape(batch, length, key_heads, groups, head_dim))
     blocks = Blocks(
         grouped.transpose(0, 2, 3, 1, 4).reshape(-1, key_heads, groups * size, head_dim),
         cut(key).transpose(0, 2, 1, 3),
         cut(value).transpose(0, 2, 1, 3),
     )
-    of_queries, of_keys = (
-        attention.Ids(*(cut(jnp.asarray(array)) for array in ids)) for ids in (query_ids, key_ids)
-    )
-    mixed: Any = attend_pairs(form, blocks, list_pairs(of_queries, of_keys, batch, form.window))
+    mixed: Any = attend_pairs(form, blocks, pairs)
     mixed = mixed.reshape(-1, key_heads, groups, size, head_dim)
     mixed = mixed.transpose(0, 3, 1, 2, 4).reshape(batch, -1, heads, head_dim)
     return mixed[:, :length]
+
+
+def cut_rows(array: jax.Array, size: int) -> jax.Array:
+    """Rows [B, L, ...] in blocks of `size` tokens, the last of a row padded with 0: [N, b, ...]."""
+    rest = ((0, 0),) * (array.ndim - 2)
+    padded = jnp.pad(array, ((0, 0), (0, -array.shape[1] % size), *rest))
+    return padded.reshape(-1, size, *array.shape[2:])
+
+
+def list_pairs_of_rows(
+    query_ids: attention.Ids, key_ids: attention.Ids, window: int | None
+) -> Pairs:
+    """The pairs of blocks that must be computed, of ids [B, Lq] and [B, Lk]."""
+    lengths = query_ids.example.shape[1], key_ids.example.shape[1]
+    # no larger than rows that are shorter than a block
+    size = min(BLOCK, -(-max(lengths) // 8) * 8)
+    queries, keys = (
+        attention.Ids(*(cut_rows(jnp.asarray(array), size) for array in ids))
+        for ids in (query_ids, key_ids)
+    )
+    return list_pairs(queries, keys, len(query_ids.example), window)
 
 
 def list_pairs(

@@ -51,9 +51,22 @@ class Cache(NamedTuple):
 class Head(NamedTuple):
     """What turns hidden states into logits."""
 
-    matrix: jax.Array  # [D, V]
+    matrix: jax.Array  # [D, V], or [V, D] where it is the embedding
     bias: jax.Array | None = None  # [V]
     cap: float | None = None  # logits x become cap tanh(x / cap)
+    # an embedding is taken as it lies: turning it round would copy it
+    is_embedding: bool = False
+
+
+class Placement(NamedTuple):
+    """Where activations lie on a mesh."""
+
+    # hidden states [B, L, D]
+    rows: NamedSharding
+    # tokens [B, L] that are looked up in a table whose columns lie on several devices, and what is
+    # found [B, L, D], with its columns on those devices, before it goes to the rows' place
+    tokens: NamedSharding
+    columns: NamedSharding
 
 
 class Decoder(nn.Module):
@@ -64,9 +77,9 @@ class Decoder(nn.Module):
     dtype: Any = jnp.float32
     # what the backward pass computes again: none, the dots' inputs only, or each whole layer
     remat: Literal["none", "dots", "full"] = "none"
-    # where rows of hidden states lie, [B, ...] over the shards of B; None: on one device, or left
-    # to the compiler, which then moves activations to the parameters of a mesh and not the reverse
-    rows: NamedSharding | None = None
+    # where activations lie on a mesh; None: left to the compiler, which would move them to the
+    # shards of the parameters and not the parameters to them
+    placement: Placement | None = None
     # attention of rows to themselves, with the signature of `attention.attend`
     attend: Callable = attention.attend
 
@@ -119,18 +132,34 @@ def embed(decoder: Decoder, tokens: jax.Array, position: jax.Array) -> jax.Array
     table = decoder.param(
         "embedding", nn.initializers.normal(0.02), (config.vocabulary_size, config.width)
     )
-    # Cast after the look-up, so that the table's gradient is summed in float32. An id outside the
-    # vocabulary gives nan, which is seen, and not the row nearest to it.
-    hidden = jnp.take(table, tokens, axis=0).astype(decoder.dtype)
+    hidden = look_up(decoder, table, tokens)
     if config.scaled_embedding:
         # The root is rounded to the compute type, as where these models were trained.
         hidden = hidden * jnp.asarray(math.sqrt(config.width), decoder.dtype)
     if config.position_offset is not None:
         shape = config.max_positions + config.position_offset, config.width
         learned = decoder.param("positions", nn.initializers.normal(0.02), shape)
-        rows = jnp.take(learned, position + config.position_offset, axis=0)
-        hidden = hidden + rows.astype(decoder.dtype)
+        hidden = hidden + look_up(decoder, learned, position + config.position_offset)
     return hidden
+
+
+def look_up(decoder: Decoder, table: jax.Array, index: jax.Array) -> jax.Array:
+    """The rows [B, L, D] of a table [V, D] in the compute type.
+
+    On a mesh each device finds its columns, for more rows than its own, and they are exchanged:
+    neither the table nor its gradient moves.
+    """
+    placement, shape = decoder.placement, (*index.shape, table.shape[1])
+    if placement is not None and not attention.divides(shape, placement.columns):
+        placement = None
+    if placement is not None:
+        index = jax.lax.with_sharding_constraint(index, placement.tokens)
+    # Cast after the look-up, so that the table's gradient is summed in float32. An id outside the
+    # vocabulary gives nan, which is seen, and not the row nearest to it.
+    found = jnp.take(table, index, axis=0).astype(decoder.dtype)
+    if placement is None:
+        return found
+    return jax.lax.with_sharding_constraint(found, placement.columns)
 
 
 def keep_rows(decoder: Decoder, hidden: jax.Array) -> jax.Array:
@@ -138,9 +167,9 @@ def keep_rows(decoder: Decoder, hidden: jax.Array) -> jax.Array:
 
     Rows that do not divide over the shards are left to the compiler.
     """
-    if decoder.rows is None or len(hidden) % attention.shards(decoder.rows):
+    if decoder.placement is None or not attention.divides(hidden.shape, decoder.placement.rows):
         return hidden
-    return jax.lax.with_sharding_constraint(hidden, decoder.rows)
+    return jax.lax.with_sharding_constraint(hidden, decoder.placement.rows)
 
 
 def run_layers(decoder: Decoder, carry: tuple, places: layers.Places) -> tuple:
@@ -230,14 +259,20 @@ def init_layers(key: jax.Array, config: DecoderConfig, count: int) -> dict:
 
 def head(params: dict, config: DecoderConfig) -> Head:
     """What turns the decoder's hidden states into logits, in float32."""
-    matrix = params["embedding"].T if config.tied_head else params["head"]
-    return Head(matrix, params.get("head_bias"), config.logit_cap)
+    matrix = params["embedding"] if config.tied_head else params["head"]
+    return Head(matrix, params.get("head_bias"), config.logit_cap, config.tied_head)
+
+
+def vocabulary_size(head: Head) -> int:
+    """V of a head."""
+    return head.matrix.shape[0 if head.is_embedding else 1]
 
 
 def logits(hidden: jax.Array, head: Head) -> jax.Array:
     """Logits of hidden states [..., D]: float32 [..., V]; the product is in hidden's type."""
     matrix = head.matrix.astype(hidden.dtype)
-    found = jnp.einsum("...d,dv->...v", hidden, matrix, preferred_element_type=jnp.float32)
+    axes = "vd" if head.is_embedding else "dv"
+    found = jnp.einsum(f"...d,{axes}->...v", hidden, matrix, preferred_element_type=jnp.float32)
     if head.bias is not None:
         found = found + head.bias.reshape((1,) * (found.ndim - 1) + (-1,))
     return found if head.cap is None else head.cap * jnp.tanh(found / head.cap)

@@ -1,0 +1,306 @@
+"""Log-probabilities of tokens from stripes of the output matrix: never a row of logits whole.
+
+The forward pass goes over the vocabulary as attention goes over keys. Besides the sum of
+exponentials it sums the matrix's columns by softmax, which is the gradient of the hidden state but
+for a factor; so the backward pass computes logits again for the matrix's gradient only, and where
+nobody asks for that one, the compiler drops its loop.
+
+Dimensions: B rows, S scored tokens, D width, V vocabulary, T parts of it (the tensor shards), w
+tokens of a stripe of each part.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from dpo_jax import sharding
+from dpo_jax.model import decoder
+
+# tokens of a stripe of each part, at most: its logits are about as large as an MLP's activations
+STRIPE = 2048
+# widths of stripes are multiples of this, as matrix units have them
+MULTIPLE = 128
+# below any logit and, unlike -inf, not nan when subtracted from itself
+LOWEST = float(np.finfo(np.float32).min)
+
+
+class Cut(NamedTuple):
+    """How the stripes are cut, and what else is known of a head when it is compiled."""
+
+    parts: int  # T: stripe i is the i-th of every part, so that each tensor shard has its share
+    size: int  # V / T
+    width: int  # w; the last stripe begins early enough to be as wide
+    count: int  # stripes
+    is_embedding: bool
+    cap: float | None
+    mesh: jax.sharding.AbstractMesh  # on which the matrix lies; empty where it lies on none
+
+
+class Weights(NamedTuple):
+    """The arrays of a head."""
+
+    matrix: jax.Array  # [T, V / T, D] where it is the embedding, else [D, T, V / T]
+    bias: jax.Array | None  # [T, V / T]
+
+
+class Others(NamedTuple):
+    """Of all tokens of the stripes so far but the scored one itself, for each part."""
+
+    largest: jax.Array  # float32 [B, S, T]: logit
+    total: jax.Array  # float32 [B, S, T]: sum of exp(logit - largest)
+    # float32 [T, B, S, D]: sum of exp(logit - largest) times the logit's gradient; None where no
+    # gradient is wanted
+    slope: Any
+
+
+class Own(NamedTuple):
+    """Of the scored tokens themselves."""
+
+    logit: jax.Array  # float32 [B, S]
+    slope: jax.Array  # float32 [B, S, D]: the logit's gradient with respect to the hidden state
+
+
+class Softmax(NamedTuple):
+    """Of the whole vocabulary: probabilities are exp(logit - largest - log_total)."""
+
+    logp: jax.Array  # float32 [B, S]: log-probability of the scored token
+    largest: jax.Array  # float32 [B, S]: logit
+    # float32 [B, S]: log of the sum of exp(logit - largest); apart from `largest`, which may be so
+    # large that their sum in float32 would be off
+    log_total: jax.Array
+
+
+class Residuals(NamedTuple):
+    """What the backward pass reads."""
+
+    hidden: jax.Array  # [B, S, D]
+    weights: Weights
+    target: jax.Array  # [B, S]
+    slope: jax.Array  # float32 [B, S, D]: gradient of each log-probability
+    softmax: Softmax
+
+
+def token_logps(hidden: jax.Array, head: decoder.Head, target: jax.Array) -> jax.Array:
+    """log p(target) of each scored token: hidden [B, S, D], target [B, S] -> float32 [B, S].
+
+    Products are in hidden's type and summed in float32. An id outside the vocabulary gives nan.
+    """
+    cut = make_cut(head)
+    weights = Weights(
+        head.matrix.reshape(whole_shape(cut, hidden.shape[-1])),
+        None if head.bias is None else head.bias.reshape(cut.parts, cut.size),
+    )
+    return scores(cut, hidden, weights, target)
+
+
+def make_cut(head: decoder.Head) -> Cut:
+    """One part for each tensor shard, where the vocabulary divides over them, and otherwise one,
+    as `sharding.parameters` has it; stripes of about equal width.
+    """
+    vocabulary, axis = decoder.vocabulary_size(head), sharding.RULES["vocabulary"]
+    mesh = jax.typeof(head.matrix).sharding.mesh
+    shards = dict(mesh.shape).get(axis, 1)
+    parts = 1 if vocabulary % shards else shards
+    size = vocabulary // parts
+    count = -(-size // STRIPE)
+    width = min(-(-size // (count * MULTIPLE)) * MULTIPLE, STRIPE, size)
+    return Cut(parts, size, width, count, head.is_embedding, head.cap, mesh)
+
+
+def whole_shape(cut: Cut, width: int) -> tuple[int, ...]:
+    """The shape of `Weights.matrix`."""
+    tokens = cut.parts, cut.size
+    return (*tokens, width) if cut.is_embedding else (width, *tokens)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def scores(cut: Cut, hidden: jax.Array, weights: Weights, target: jax.Array) -> jax.Array:
+    """`token_logps` with the head in parts."""
+    others = sum_others(cut, hidden, weights, target, None)
+    own = find_own(cut, hidden, weights, target)
+    return find_softmax(others, own).logp
+
+
+def scores_forward(
+    cut: Cut, hidden: jax.Array, weights: Weights, target: jax.Array
+) -> tuple[jax.Array, Residuals]:
+    """The log-probabilities, and what the backward pass reads."""
+    zeros = jnp.zeros((cut.parts, *hidden.shape), jnp.float32)
+    others = sum_others(cut, hidden, weights, target, zeros)
+    own = find_own(cut, hidden, weights, target)
+    softmax = find_softmax(others, own)
+    wide = jax.tree.map(lambda leaf: leaf[None], softmax)
+    shares = probability(wide, jnp.moveaxis(others.largest, -1, 0))[..., None]  # [T, B, S, 1]
+    slope = rest(softmax)[..., None] * own.slope - jnp.sum(shares * others.slope, axis=0)
+    return softmax.logp, Residuals(hidden, weights, target, slope, softmax)
+
+
+def scores_backward(cut: Cut, kept: Residuals, cotangent: jax.Array) -> tuple:
+    """Gradients of hidden states and weights; the loop is for the latter alone."""
+
+    def one(total: Weights, number: jax.Array) -> tuple[Weights, None]:
+        start = place(cut, number)
+        matrix = slice_matrix(cut, kept.weights.matrix, start, kept.hidden.dtype)
+        logits = stripe_logits(cut, kept.hidden, matrix, kept.weights.bias, start)
+        shares = probability(jax.tree.map(lambda leaf: leaf[..., None, None], kept.softmax), logits)
+        is_own = stripe_ids(cut, start) == kept.target[..., None, None]
+        slope = jnp.where(is_own, rest(kept.softmax)[..., None, None], -shares)
+        slope = slope * slope_of_cap(cut, logits) * cotangent[..., None, None]
+        found = jnp.einsum(
+            f"bsd,bstw->{axes(cut)}",
+            kept.hidden,
+            slope.astype(kept.hidden.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        # where stripes overlap, both have the same
+        update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start)
+        bias = total.bias
+        if bias is not None:
+            bias = update(bias, slope.sum(axis=(0, 1)), axis=1)
+        return Weights(update(total.matrix, found, axis=axes(cut).index("w")), bias), None
+
+    hidden = (cotangent[..., None] * kept.slope).astype(kept.hidden.dtype)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), kept.weights)
+    found, _ = jax.lax.scan(one, zeros, jnp.arange(cut.count))
+    return hidden, jax.tree.map(lambda new, old: new.astype(old.dtype), found, kept.weights), None
+
+
+scores.defvjp(scores_forward, scores_backward)
+
+
+def sum_others(
+    cut: Cut, hidden: jax.Array, weights: Weights, target: jax.Array, slope: jax.Array | None
+) -> Others:
+    """The sums over all stripes; `slope` is what its sum starts from, or None."""
+
+    def one(before: Others, number: jax.Array) -> tuple[Others, None]:
+        start = place(cut, number)
+        matrix = slice_matrix(cut, weights.matrix, start, hidden.dtype)
+        logits = stripe_logits(cut, hidden, matrix, weights.bias, start)
+        left_out = stripe_ids(cut, start) == target[..., None, None]
+        if cut.count * cut.width > cut.size:
+            # tokens of the last stripe that the one before it had
+            had = start + jnp.arange(cut.width) < number * cut.width
+            left_out = left_out | had.reshape(1, 1, 1, -1)
+        masked = jnp.where(left_out, -jnp.inf, logits)
+        largest = jnp.maximum(before.largest, masked.max(axis=-1))
+        scale = jnp.exp(before.largest - largest)
+        terms = jnp.exp(masked - largest[..., None])
+        total = before.total * scale + terms.sum(axis=-1)
+        if before.slope is None:
+            return Others(largest, total, None), None
+        terms = (terms * slope_of_cap(cut, logits)).astype(hidden.dtype)
+        added = jnp.einsum(
+            f"bstw,{axes(cut)}->tbsd", terms, matrix, preferred_element_type=jnp.float32
+        )
+        slope = before.slope * jnp.moveaxis(scale, -1, 0)[..., None] + added
+        return Others(largest, total, slope), None
+
+    zeros = jnp.zeros((*target.shape, cut.parts), jnp.float32)
+    return jax.lax.scan(one, Others(zeros + LOWEST, zeros, slope), jnp.arange(cut.count))[0]
+
+
+def find_softmax(others: Others, own: Own) -> Softmax:
+    """What all parts and the token itself come to."""
+    largest = others.largest.max(axis=-1)
+    total = jnp.sum(others.total * jnp.exp(others.largest - largest[..., None]), axis=-1)
+    # The token stands apart from the others, so that nothing cancels where it is all but certain,
+    # and logits are subtracted from each other before anything is added to them.
+    logp = -jax.nn.softplus(jnp.log(total) + (largest - own.logit))
+    top = jnp.maximum(largest, own.logit)
+    log_total = jnp.log(total * jnp.exp(largest - top) + jnp.exp(own.logit - top))
+    return Softmax(logp, top, log_total)
+
+
+def probability(softmax: Softmax, logits: jax.Array) -> jax.Array:
+    """Of logits that broadcast against the fields of softmax."""
+    return jnp.exp(logits - softmax.largest - softmax.log_total)
+
+
+def rest(softmax: Softmax) -> jax.Array:
+    """Probability of all other tokens: [B, S]."""
+    return -jnp.expm1(softmax.logp)
+
+
+def find_own(cut: Cut, hidden: jax.Array, weights: Weights, target: jax.Array) -> Own:
+    """The scored tokens' columns of the matrix, and products with them."""
+    width, inputs = hidden.shape[-1], sharding.RULES["width"]
+    # Each shard of D looks up its own for all rows that its part of the mesh has, and then they
+    # change places. By itself XLA makes those of all rows on every device.
+    rows = tuple(axis for axis in sharding.BATCH_AXES if axis != inputs)
+    target = sharding.constrain(target, cut.mesh, P(rows))
+    if cut.is_embedding:
+        columns = jnp.take(weights.matrix.reshape(-1, width), target, axis=0)
+    else:
+        columns = jnp.moveaxis(jnp.take(weights.matrix.reshape(width, -1), target, axis=1), 0, -1)
+    columns = sharding.constrain(columns, cut.mesh, P(rows, None, inputs))
+    columns = sharding.constrain(columns, cut.mesh, P(sharding.BATCH_AXES))
+    columns = columns.astype(hidden.dtype).astype(jnp.float32)  # [B, S, D]
+    logit = jnp.sum(hidden.astype(jnp.float32) * columns, axis=-1)
+    if weights.bias is not None:
+        logit = logit + jnp.take(weights.bias.reshape(-1), target)
+    logit = capped(cut, logit)
+    return Own(logit, slope_of_cap(cut, logit)[..., None] * columns)
+
+
+def axes(cut: Cut) -> str:
+    """The axes of a stripe of the matrix."""
+    return "twd" if cut.is_embedding else "dtw"
+
+
+def merged_shape(cut: Cut, width: int) -> tuple[int, int]:
+    """The shape of a stripe of the matrix with all parts end to end."""
+    tokens = cut.parts * cut.width
+    return (tokens, width) if cut.is_embedding else (width, tokens)
+
+
+def place(cut: Cut, number: jax.Array) -> jax.Array:
+    """Where a stripe begins within every part."""
+    return jnp.minimum(number * cut.width, cut.size - cut.width)
+
+
+def slice_matrix(cut: Cut, matrix: jax.Array, start: jax.Array, dtype: Any) -> jax.Array:
+    """A stripe of the matrix in a type, with the axes that `axes` names, of each part all of D."""
+    axis = axes(cut).index("w")
+    stripe = jax.lax.dynamic_slice_in_dim(matrix, start, cut.width, axis).astype(dtype)
+    # each stripe is collected as a whole over the shards of D, once for all products, and not the
+    # matrix
+    names = {"t": sharding.RULES["vocabulary"], "d": sharding.RULES["width"]}
+    for held in ("td", "t"):
+        spec = P(*(names[axis] if axis in held else None for axis in axes(cut)))
+        stripe = sharding.constrain(stripe, cut.mesh, spec)
+    return stripe
+
+
+def stripe_ids(cut: Cut, start: jax.Array) -> jax.Array:
+    """The tokens of a stripe: int32 [1, 1, T, w]."""
+    firsts = jnp.arange(cut.parts, dtype=jnp.int32)[:, None] * cut.size
+    return (firsts + (start + jnp.arange(cut.width, dtype=jnp.int32))[None, :])[None, None]
+
+
+def stripe_logits(
+    cut: Cut, hidden: jax.Array, matrix: jax.Array, bias: jax.Array | None, start: jax.Array
+) -> jax.Array:
+    """Logits of a stripe [B, S, T, w] in float32, from its matrix and the whole bias."""
+    # one axis of tokens in the product: of two, XLA makes a copy of the stripe turned round
+    flat = matrix.reshape(merged_shape(cut, hidden.shape[-1]))
+    order = "vd" if cut.is_embedding else "dv"
+    found = jnp.einsum(f"bsd,{order}->bsv", hidden, flat, preferred_element_type=jnp.float32)
+    found = found.reshape(*hidden.shape[:-1], cut.parts, cut.width)
+    if bias is not None:
+        found = found + jax.lax.dynamic_slice_in_dim(bias, start, cut.width, axis=1)[None, None]
+    return capped(cut, found)
+
+
+def capped(cut: Cut, logits: jax.Array) -> jax.Array:
+    """The logits under the head's cap."""
+    return logits if cut.cap is None else cut.cap * jnp.tanh(logits / cut.cap)
+
+
+def slope_of_cap(cut: Cut, logits: jax.Array) -> jax.Array:
+    """The derivative of capped logits with respect to what they were before."""
+    return jnp.ones_like(logits) if cut.cap is None else 1.0 - jnp.square(logits / cut.cap)
