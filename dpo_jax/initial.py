@@ -260,7 +260,7 @@ def make_decoder(
     attend = attention.attend
     if (settings.attention or by_default) == "blocks":
         rows = None if placement is None else placement.rows
-        attend = functools.partial(blocks.attend, rows=rows)
+        attend = blocks.make_attend(rows)
     return decoder.Decoder(
         shape,
         dtype=jnp.dtype(compute_type(settings)),

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax.data import builtin, tokenise
+from dpo_jax.data import builtin, ladder, tokenise
 from tests import tiny
 
 # JAX_PLATFORMS=cuda (or tpu) with -m gpu (or tpu) runs the tests that need such a device
@@ -17,6 +17,9 @@ jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", None)
+
+SHAPES = ladder.MOST_SHAPES
+PACKING = {f"tests.test_{name}" for name in ("ladder", "pack", "rows", "steps")}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,6 +29,21 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DPO_JAX_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_shape(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One shape of batches where packing is not what is tested: each more compiles a step more."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ not in PACKING:
+            patch.setattr(ladder, "MOST_SHAPES", 1)
+        yield
+
+
+@pytest.fixture
+def all_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many shapes of batches as in a run of another process."""
+    monkeypatch.setattr(ladder, "MOST_SHAPES", SHAPES)
 
 
 @pytest.fixture(scope="session")

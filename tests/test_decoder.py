@@ -244,7 +244,15 @@ def test_a_prefilled_cache_is_where_the_next_tokens_look():
     np.testing.assert_array_equal(cache.ids.example[0], [1, 1, 1, 1, 1, 0, 1, 1, 1])
 
 
-@pytest.mark.parametrize("name", ["plain", "blocks and a remainder", "one block", "experts"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain",
+        "one block",
+        pytest.param("blocks and a remainder", marks=pytest.mark.slow),
+        pytest.param("experts", marks=pytest.mark.slow),
+    ],
+)
 def test_remat_changes_no_gradient(name):
     config = FEATURES[name]
     params, tokens, ids = draw_params(config), draw_tokens((2, 6)), plain_ids(2, 6)

@@ -71,7 +71,12 @@ def load_checkpoint(run: Path) -> dict[str, dict[str, tuple[int, ...]]]:
 
 
 @pytest.mark.parametrize(
-    "axes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 1, "data": 8}]
+    "axes",
+    [
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        pytest.param({"fsdp": 8}, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 1, "data": 8}, marks=pytest.mark.slow),
+    ],
 )
 def test_the_first_loss_of_an_adapter_is_log_2_on_every_mesh(folder, tmp_path, axes, capsys):
     mesh_fields = {f"mesh.{name}": size for name, size in axes.items()}
@@ -85,6 +90,7 @@ def test_the_first_loss_of_an_adapter_is_log_2_on_every_mesh(folder, tmp_path, a
     assert "reference: the base with the adapter off; held beside the state: base" in printed
 
 
+@pytest.mark.slow
 def test_an_adapters_losses_and_parameters_do_not_depend_on_the_mesh(folder, tmp_path):
     found = []
     for axes in ({"fsdp": 8}, {"fsdp": 1, "tensor": 2, "data": 4}):
@@ -216,6 +222,7 @@ def test_a_base_that_has_changed_is_refused(folder, tmp_path, mesh):
         initial.load(str(tmp_path / "run"), config.Model(), 0, mesh)
 
 
+@pytest.mark.slow
 def test_a_run_loads_on_another_mesh_than_it_was_trained_on(folder, tmp_path, sft):
     fields = {**RANK, "model.source": str(sft), "lora.start": "new", "steps": 1}
     train.train(tiny.experiment(folder, tmp_path / "new", **fields), tiny.FILE)
@@ -282,6 +289,7 @@ def test_a_base_in_int8_starts_at_log_2_learns_and_takes_a_quarter(folder, tmp_p
     assert share < 0.3
 
 
+@pytest.mark.slow
 def test_a_cached_reference_is_that_of_the_base(folder, tmp_path, mesh):
     live, cached = (
         train_losses(folder, tmp_path / str(kind), **{"reference.cached": kind})
@@ -295,6 +303,7 @@ def train_losses(folder, workdir, **changes) -> list[float]:
     return [line["loss"] for line in tiny.metrics(workdir) if "loss" in line]
 
 
+@pytest.mark.slow
 def test_dropout_is_drawn_anew_at_each_step_and_seed(folder, tmp_path):
     one = train_losses(folder, tmp_path / "one", **{"lora.dropout": 0.5})
     plain = train_losses(folder, tmp_path / "plain")

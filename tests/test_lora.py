@@ -60,7 +60,8 @@ def test_an_adapter_adds_what_its_product_in_the_kernels_would(name):
     merged = lora.merge(joined)
     assert jax.tree.structure(merged) == jax.tree.structure(base)
     assert np.abs(adapted - plain).max() > 0.1
-    np.testing.assert_allclose(adapted, hidden_of(model, merged), atol=2e-5)
+    expected = hidden_of(model, merged)
+    assert np.abs(adapted - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 def test_the_product_in_a_kernel_is_the_scaled_sum_over_the_rank():

@@ -48,7 +48,9 @@ def test_a_run_leaves_its_config_metrics_checkpoint_and_done(folder: Path, tmp_p
     assert all(line["time/data_wait"] >= 0 for line in tiny.metrics(tmp_path / "run")[1:])
 
 
-def test_a_run_prints_its_shapes_and_what_they_fill(folder: Path, tmp_path: Path, capsys):
+def test_a_run_prints_its_shapes_and_what_they_fill(
+    folder: Path, tmp_path: Path, capsys, all_shapes: None
+):
     run = tiny.experiment(folder, tmp_path / "run", steps=1, **ALONE)
     train.train(run, tiny.FILE)
     printed = capsys.readouterr().out
@@ -196,16 +198,16 @@ def run_killed(folder: Path, workdir: Path, step: int, sent: str, kind: str) -> 
     ("kind", "step"),
     [
         ("dpo", 5),
-        ("dpo", 1),
-        ("bco", 5),
-        ("kto by tokens", 5),
+        pytest.param("dpo", 1, marks=pytest.mark.slow),
+        pytest.param("bco", 5, marks=pytest.mark.slow),
+        pytest.param("kto by tokens", 5, marks=pytest.mark.slow),
         pytest.param("kto", 5, marks=pytest.mark.slow),
         pytest.param("narrow", 5, marks=pytest.mark.slow),
         pytest.param("ld_dpo", 5, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_killed_in_the_middle_goes_on_bit_for_bit(
-    kind: str, step: int, folder: Path, tmp_path: Path
+    kind: str, step: int, folder: Path, tmp_path: Path, all_shapes: None
 ):
     whole = tiny.experiment(folder, tmp_path / "whole", **KINDS[kind]())
     train.train(whole, tiny.FILE)
@@ -222,8 +224,10 @@ import sys
 import jax
 jax.config.update("jax_platforms", "cpu")
 from dpo_jax import train
+from dpo_jax.data import ladder
 from tests import tiny
 from pathlib import Path
+ladder.MOST_SHAPES = 1
 run = tiny.experiment(Path(sys.argv[1]), Path(sys.argv[2]), **{"mesh.fsdp": 1})
 train.train(run, tiny.FILE)
 """

@@ -8,6 +8,7 @@ Dh dimensions a head, b tokens of a block, n blocks of a row, N = B * n.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -82,6 +83,12 @@ def attend(
         check_vma=False,
     )
     return shared(*inputs)
+
+
+@functools.cache
+def make_attend(rows: NamedSharding | None) -> Callable[..., jax.Array]:
+    """`attend` for rows that lie there; the same function each time, so that decoders compare."""
+    return functools.partial(attend, rows=rows)
 
 
 def attend_rows(
