@@ -166,7 +166,7 @@ def load_reference(
     if adapter is not None and (
         source == "base" or (is_initial(experiment) and found.initial.is_new)
     ):
-        return {}, initial.digest(adapter.base, adapter.held_as)
+        return {}, reference.digest(adapter.base, adapter.held_as)
     if is_initial(experiment):
         return found.initial.params, found.initial.identity
     # one that follows the policy is a mean of what is trained
@@ -186,7 +186,7 @@ def load_reference(
             f"{experiment.model.source}; both are scored by one function, so they must agree"
         )
     held = loaded.params if follows else frozen.hold(loaded.params, held_as, held_as, donated=True)
-    return held, initial.digest(loaded.identity, held_as)
+    return held, reference.digest(loaded.identity, held_as)
 
 
 def describe(experiment: config.Experiment, found: inputs.Inputs, held: train_step.Held) -> str:

@@ -4,10 +4,7 @@ adapter that is trained in its stead.
 
 import dataclasses
 import functools
-import hashlib
-import json
-import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +56,7 @@ def load(
         make = jax.jit(functools.partial(decoder.init, shape), out_shardings=placed)
         params = make(jax.random.key(seed))
         # no hash of the values, whose last bits differ between meshes
-        identity = digest(source, dataclasses.asdict(shape), seed)
+        identity = reference.digest(source, dataclasses.asdict(shape), seed)
         return Initial(make_decoder(shape, settings, mesh), params, None, identity)
     if paths.exists(paths.join(source, origins.ADAPTER)):
         return load_adapted(source, settings, mesh)
@@ -97,7 +94,7 @@ def load_adapted(source: str, settings: config.Model, mesh) -> Initial:
     return start._replace(
         params=params,
         tokenizer=origins.tokenizer_of(source),
-        identity=digest(adapter.base, reference.fingerprint(params)),
+        identity=reference.digest(adapter.base, reference.fingerprint(params)),
         step=step,
         adapter=adapter,
     )
@@ -128,7 +125,7 @@ def prepare(start: Initial, settings: config.Lora, source: Source, mesh) -> Init
     adapter = origins.Adapter(
         settings,
         targets,
-        absolute(source.name),
+        origins.absolute(source.name),
         source.seed,
         linear,
         others,
@@ -138,7 +135,7 @@ def prepare(start: Initial, settings: config.Lora, source: Source, mesh) -> Init
     if goes_on:
         return made
     params = new_adapter(start.model.config, settings, adapter.targets, source.seed, mesh)
-    identity = digest(adapter.base, adapter.held_as, source.seed, *adapter.targets)
+    identity = reference.digest(adapter.base, adapter.held_as, source.seed, *adapter.targets)
     return made._replace(params=params, identity=identity, is_new=True)
 
 
@@ -163,21 +160,6 @@ def hash_of_base(start: Initial, settings: config.Lora) -> str:
     if start.adapter is not None and continues(start, settings):
         return start.adapter.base
     return start.identity
-
-
-def digest(*parts: Any) -> str:
-    """A hash of values, which go in as text."""
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
-
-
-def absolute(source: str) -> str:
-    """A local folder by its absolute path, so that it is found from elsewhere too; any other source
-    as it is.
-    """
-    is_here = source not in presets.PRESETS and paths.is_local(source)
-    return (
-        os.path.abspath(os.path.expanduser(source)) if is_here and os.path.isdir(source) else source
-    )
 
 
 def merged(start: Initial, mesh) -> Initial:

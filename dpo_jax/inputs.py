@@ -62,18 +62,6 @@ def load(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Inputs:
     return Inputs(start, words, train, held_out, pairs)
 
 
-def with_absolute_sources(experiment: config.Experiment) -> config.Experiment:
-    """The experiment with the absolute paths of model and reference, so that a run folder tells
-    where they lie wherever it is read.
-    """
-    model, anchor = experiment.model, experiment.reference
-    source = None if anchor.source is None else initial.absolute(anchor.source)
-    return experiment.replace(
-        model=dataclasses.replace(model, source=initial.absolute(model.source)),
-        reference=dataclasses.replace(anchor, source=source),
-    )
-
-
 def load_examples(
     experiment: config.Experiment, words: tokenizer.Tokenizer
 ) -> tuple[tokenise.Tokenised, tokenise.Tokenised | None]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from typing import NamedTuple
 
 from dpo_jax import config, flags, paths
@@ -28,6 +29,28 @@ class Adapter(NamedTuple):
     others_as: str
     # hash of what the base was made of
     base: str
+
+
+def absolute(source: str) -> str:
+    """A local folder by its absolute path, so that it is found from elsewhere too; any other source
+    as it is.
+    """
+    is_here = source not in presets.PRESETS and paths.is_local(source)
+    return (
+        os.path.abspath(os.path.expanduser(source)) if is_here and os.path.isdir(source) else source
+    )
+
+
+def with_absolute_sources(experiment: config.Experiment) -> config.Experiment:
+    """The experiment with the absolute paths of model and reference, so that a run folder tells
+    where they lie wherever it is read.
+    """
+    model, anchor = experiment.model, experiment.reference
+    source = None if anchor.source is None else absolute(anchor.source)
+    return experiment.replace(
+        model=dataclasses.replace(model, source=absolute(model.source)),
+        reference=dataclasses.replace(anchor, source=source),
+    )
 
 
 def tokenizer_of(source: str) -> str | None:

@@ -10,7 +10,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +97,11 @@ def fingerprint(params) -> str:
     return content.hexdigest()
 
 
+def digest(*parts: Any) -> str:
+    """A hash of values, which go in as JSON."""
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
 @jax.jit
 def checksums(array: jax.Array) -> jax.Array:
     """Sums modulo 2^32 of the bits, mixed with each number's place: uint32 [2]."""
@@ -134,8 +139,7 @@ def load_table(
         plan.scores_prompt,
         sorted((name, *functions.described(make)) for name, make in (statistics or {}).items()),
     ]
-    name = hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
-    folder = paths.join(paths.cache_folder(), "reference", name)
+    folder = paths.join(paths.cache_folder(), "reference", digest(*identity))
     if not tables.is_finished(folder):
         score = jax.jit(functools.partial(logps.score, model, statistics=statistics))
         tables.finish(folder, _score_all(score, params, data, plan, mesh, folder))

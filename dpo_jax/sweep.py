@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from dpo_jax import config, flags, paths
+from dpo_jax import config, flags, origins, paths
 
 PREPARED = ("model.source:", "data.source:", "data.evaluation_source:", "data.tokenizer:")
 LONGEST_NAME = 200  # bytes; file systems allow 255
@@ -215,7 +215,9 @@ def run(found: Sequence[Point], train: Callable[[config.Experiment, Path], None]
 def refuse_another_run(point: Point) -> None:
     """Raises ValueError where a finished folder holds a run of another config than the point's."""
     folder = str(point.experiment.workdir)
-    differences = flags.compare(flags.load_run(folder), point.experiment)
+    differences = flags.compare(
+        flags.load_run(folder), origins.with_absolute_sources(point.experiment)
+    )
     if "builtin" in (point.experiment.data.source, point.experiment.model.source):
         # the built-in task has put the files that it made in their place
         differences = [line for line in differences if not line.startswith(PREPARED)]

@@ -52,7 +52,7 @@ def train(experiment: config.Experiment, experiment_file: str | Path) -> None:
     FloatingPointError when the loss stops being finite. SIGTERM saves a checkpoint and exits with
     status 143.
     """
-    experiment = inputs.with_absolute_sources(experiment)
+    experiment = origins.with_absolute_sources(experiment)
     folder = find_folder(experiment)
     if paths.exists(paths.join(folder, DONE)):
         print(f"{folder} is done: nothing to do")

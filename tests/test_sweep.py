@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dpo_jax import config, flags, paths, sweep
+from dpo_jax import config, flags, origins, paths, sweep
 
 EXPERIMENT = """
 from dpo_jax import config
@@ -227,6 +227,18 @@ def test_files_that_the_built_in_task_has_made_are_no_other_config(file, root):
     assert sweep.run(chosen, train) == []
     named = points(file, root, "--index", "0", "--data.source", "x", "--model.source", "y")
     assert "data.source: made.jsonl in the folder, x now" in sweep.run(named, train)[0].reason
+
+
+def test_a_source_by_a_relative_path_is_no_other_config(file, root, tmp_path, monkeypatch):
+    def train(experiment: config.Experiment, experiment_file: Path) -> None:
+        Trainer()(origins.with_absolute_sources(experiment), experiment_file)
+
+    (tmp_path / "sft").mkdir()
+    monkeypatch.chdir(tmp_path)
+    chosen = points(file, root, "--index", "0", "--model.source", "sft")
+    assert sweep.run(chosen, train) == []
+    assert sweep.run(chosen, train) == []
+    assert flags.load_run(str(chosen[0].experiment.workdir)).model.source == str(tmp_path / "sft")
 
 
 def test_the_listing_has_index_status_and_name(file, root):
