@@ -163,16 +163,15 @@ def count_flops(stepper: Stepper, state, batches: Sequence[dict]) -> dict[str, A
     Attention in blocks is counted by the pairs of blocks that it computes on each batch.
     """
     programs: dict[str, text.Program] = {}
-    total = 0
-    for batch in batches:
+    total, pairs = 0, [stepper.pairs(batch) for batch in batches]
+    for batch, count in zip(batches, pairs, strict=True):
         shape = str(jax.tree.map(jnp.shape, batch))
         if shape not in programs:
             programs[shape] = text.parse(stepper.compile(state, batch).as_text())
-        pairs = stepper.pairs(batch)
-        counted = costs.flops(programs[shape], unknown_length=1 if pairs is None else pairs)
+        counted = costs.flops(programs[shape], unknown_length=1 if count is None else count)
         total += counted * programs[shape].devices
     named = {name for program in programs.values() for name in costs.uncounted(program)}
-    is_told = all(stepper.pairs(batch) is not None for batch in batches)
+    is_told = None not in pairs
     left_out = [name for name in named if not (is_told and PAIRS.search(name))]
     return {"flops": total, "uncounted": sorted(left_out)}
 

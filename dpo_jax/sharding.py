@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dpo_jax import config
-from dpo_jax.model import decoder
+from dpo_jax.model import decoder, shards
 
 # logical axis of a parameter -> mesh axis
 RULES: dict[str, str | None] = {
@@ -81,11 +81,7 @@ def parameters(params, mesh: Mesh):
                 f"parameter {jax.tree_util.keystr(path)} with axes {axes} would use a mesh axis "
                 "twice"
             )
-        fitting = [
-            n if n and size % mesh.shape[n] == 0 else None
-            for n, size in zip(names, leaf.shape, strict=True)
-        ]
-        return NamedSharding(mesh, P(*fitting))
+        return NamedSharding(mesh, shards.fit(P(*names), leaf.shape, mesh))
 
     axes = decoder.logical_axes(params)
     return jax.tree_util.tree_map_with_path(place, params, axes)
@@ -141,20 +137,16 @@ def constrain(array: jax.Array, mesh: AbstractMesh, spec: P) -> jax.Array:
     """
     if mesh.empty:
         return array
-    names = [name if isinstance(name, tuple) else (name,) if name else () for name in spec]
-    fitting = [
-        n if size % math.prod(mesh.shape[axis] for axis in n) == 0 else None
-        for n, size in zip(names, array.shape, strict=False)
-    ]
-    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, P(*fitting)))
+    fitting = shards.fit(spec, array.shape, mesh)
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, fitting))
 
 
-def placement(mesh: Mesh) -> decoder.Placement | None:
+def placement(mesh: Mesh) -> shards.Placement | None:
     """Where the decoder's activations lie; None on one device."""
     if mesh.size == 1:
         return None
     columns = P("data", None, RULES["width"])
-    return decoder.Placement(
+    return shards.Placement(
         rows(mesh), NamedSharding(mesh, P("data")), NamedSharding(mesh, columns)
     )
 

@@ -16,7 +16,7 @@ import pytest
 
 from dpo_jax import config, contract, initial, logps, losses, reference, sharding, train_step
 from dpo_jax.hlo import collectives, costs, text
-from dpo_jax.model import attention, decoder
+from dpo_jax.model import attention, decoder, shards
 from dpo_jax.model.config import DecoderConfig
 
 # a rectangle of attention is computed whole, masked or not
@@ -219,10 +219,10 @@ def test_without_a_placement_activations_move_to_the_parameters(axes, monkeypatc
 )
 def test_an_array_divides_where_each_axis_does(shape, expected):
     mesh = sharding.make_mesh(config.Mesh(2, 4, 1), jax.devices())
-    placement = sharding.placement(mesh)
-    assert placement is not None
-    assert attention.divides(shape, placement.columns) == expected
-    assert attention.divides(shape, placement.rows) == (shape[0] == 8)
+    where = sharding.placement(mesh)
+    assert where is not None
+    assert shards.divides(shape, where.columns) == expected
+    assert shards.divides(shape, where.rows) == (shape[0] == 8)
 
 
 def test_one_device_has_no_placement():

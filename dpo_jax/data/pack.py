@@ -146,8 +146,8 @@ def describe(plan: Plan, count: int, number: int) -> str:
     taken = plan.batch_size * number if plan.starts is None else int(plan.starts[number])
     shapes = ", ".join(f"{s.rows} x {s.tokens} ({s.scored})" for s in plan.ladder)
     curve = ", ".join(
-        f"{shapes} {'shape' if shapes == 1 else 'shapes'} {one.tokens:.1%} ({one.scored:.1%})"
-        for shapes, one in enumerate(plan.curve, 1)
+        f"{used} {'shape' if used == 1 else 'shapes'} {one.tokens:.1%} ({one.scored:.1%})"
+        for used, one in enumerate(plan.curve, 1)
     )
     return (
         f"{number} steps of {taken / number:.4g} examples: {taken / count:.3g} epochs\n"
@@ -167,8 +167,8 @@ def examples(count: int, plan: Plan, step: int) -> np.ndarray:
 
 def fingerprint(plan: Plan) -> str:
     """Content hash of which examples each step takes where they are counted in tokens."""
-    starts = b"" if plan.starts is None else np.asarray(plan.starts, np.int64).tobytes()
-    return hashlib.blake2b(starts, digest_size=16).hexdigest()
+    starts = np.asarray(plan.starts, np.int64)
+    return hashlib.blake2b(starts.tobytes(), digest_size=16).hexdigest()
 
 
 def batch(data: tokenise.Tokenised, plan: Plan, step: int) -> dict:

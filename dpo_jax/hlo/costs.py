@@ -55,14 +55,11 @@ def flops_of(
     if name not in known:
         computation, total = program.computations[name], 0.0
         for instruction in computation.instructions.values():
-            is_loop = instruction.opcode == "while"
-            told = not is_loop or loops.trip_count(program, computation, instruction) is not None
             called = [
-                times * flops_of(program, callee, unknown_length, known)
+                (unknown_length if times is None else times)
+                * flops_of(program, callee, unknown_length, known)
                 for callee, times in loops.callees(program, computation, instruction)
             ]
-            if not told:
-                called = [unknown_length * one for one in called]
             taken = max(called, default=0) if instruction.opcode == "conditional" else sum(called)
             total += taken + (flops_of_one(computation, instruction) or 0)
         known[name] = total

@@ -52,14 +52,15 @@ def _walk(program: text.Program, name: str, times: int, *, fused: bool) -> Itera
     for instruction in computation.instructions.values():
         for callee, count in callees(program, computation, instruction):
             inside = fused or instruction.opcode == "fusion"
-            yield from _walk(program, callee, times * count, fused=inside)
+            runs = times * (1 if count is None else count)
+            yield from _walk(program, callee, runs, fused=inside)
         yield Place(computation, instruction, times, fused)
 
 
 def callees(
     program: text.Program, computation: text.Computation, instruction: text.Instruction
-) -> list[tuple[str, int]]:
-    """The computations that an instruction runs, and how often: once where it is not known.
+) -> list[tuple[str, int | None]]:
+    """The computations that an instruction runs, and how often: None where it is not known.
 
     Not what is applied to single elements, as by reduce, sort and all-reduce.
     """
@@ -67,7 +68,7 @@ def callees(
     match instruction.opcode.removesuffix("-start"):
         case "while":
             count = trip_count(program, computation, instruction)
-            return [(name_of(attributes["body"]), 1 if count is None else count)]
+            return [(name_of(attributes["body"]), count)]
         case "fusion":
             return [(name_of(attributes["calls"]), 1)]
         case "call":

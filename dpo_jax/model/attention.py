@@ -4,13 +4,11 @@ Dimensions: B rows, L tokens (Lq queries, Lk keys), H query heads, K key and val
 query heads to each, Dh dimensions a head.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 
 class Ids(NamedTuple):
@@ -71,12 +69,3 @@ def attend(
     weights = jnp.where(mask, jax.nn.softmax(logits, axis=-1), 0.0)
     mixed = jnp.einsum("bkgij,bjkd->bikgd", weights.astype(value.dtype), value)
     return mixed.reshape(batch, length, heads, head_dim)
-
-
-def divides(shape: tuple[int, ...], where: NamedSharding) -> bool:
-    """Whether every axis of an array divides over its shards."""
-    for size, axes in zip(shape, where.spec, strict=False):
-        names = (axes,) if isinstance(axes, str) else axes or ()
-        if size % math.prod(where.mesh.shape[name] for name in names):
-            return False
-    return True

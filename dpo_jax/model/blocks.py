@@ -17,12 +17,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dpo_jax.model import attention
+from dpo_jax import sharding
+from dpo_jax.model import attention, shards
 
 # tokens of a block
 BLOCK = 128
-# of the mesh, over which heads lie
-HEADS_AXIS = "tensor"
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
@@ -70,10 +69,10 @@ def attend(
     """
     run = functools.partial(attend_rows, Form(scale, window, cap))
     inputs = query, key, value, query_ids, key_ids
-    if rows is None or not attention.divides(query.shape[:1], rows):
+    if rows is None or not shards.divides(query.shape[:1], rows):
         return run(*inputs)
-    divides = key.shape[2] % rows.mesh.shape[HEADS_AXIS] == 0
-    heads = P(rows.spec[0], None, HEADS_AXIS if divides else None, None)
+    heads = P(rows.spec[0], None, sharding.RULES["key_value_heads"], None)
+    heads = shards.fit(heads, key.shape, rows.mesh)
     own = P(rows.spec[0])
     shared = jax.shard_map(
         run,
@@ -261,15 +260,16 @@ def backward(form: Form, kept: tuple, cotangent: jax.Array) -> tuple[Blocks, Pai
 
     def of_block(i: jax.Array, gradients: tuple) -> tuple:
         query, given, keys = take(blocks.query, i), take(cotangent, i), take(pairs.keys, i)
+        logs_of_all, of_mixed = take(log_total, i)[..., None], take(product, i)[..., None]
 
         def of_pair(c: jax.Array, so_far: tuple) -> tuple:
             of_query, of_key, of_value = so_far
             j = take(keys, c)
             key, value = take(blocks.key, j), take(blocks.value, j)
             scores, mask = score(form, query, key, pairs, i, j)
-            logs = jnp.where(mask, scores - take(log_total, i)[..., None], LOWEST)
+            logs = jnp.where(mask, scores - logs_of_all, LOWEST)
             weights = jnp.where(mask, jnp.exp(logs), 0.0)
-            more = multiply("kid,kjd->kij", given, value) - take(product, i)[..., None]
+            more = multiply("kid,kjd->kij", given, value) - of_mixed
             slope = form.scale * weights * more
             if form.cap is not None:
                 slope = slope * (1 - jnp.square(scores / form.cap))

@@ -14,9 +14,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import NamedSharding
 
-from dpo_jax.model import attention, layers, rope
+from dpo_jax.model import attention, layers, rope, shards
 from dpo_jax.model.config import DecoderConfig, Kind
 
 # Logical axes of every parameter, by path. `sharding` maps them to axes of the mesh.
@@ -58,17 +57,6 @@ class Head(NamedTuple):
     is_embedding: bool = False
 
 
-class Placement(NamedTuple):
-    """Where activations lie on a mesh."""
-
-    # hidden states [B, L, D]
-    rows: NamedSharding
-    # tokens [B, L] that are looked up in a table whose columns lie on several devices, and what is
-    # found [B, L, D], with its columns on those devices, before it goes to the rows' place
-    tokens: NamedSharding
-    columns: NamedSharding
-
-
 class Decoder(nn.Module):
     """Tokens to the hidden states that `head` and `logits` turn into logits."""
 
@@ -79,7 +67,7 @@ class Decoder(nn.Module):
     remat: Literal["none", "dots", "full"] = "none"
     # where activations lie on a mesh; None: left to the compiler, which would move them to the
     # shards of the parameters and not the parameters to them
-    placement: Placement | None = None
+    placement: shards.Placement | None = None
     # attention of rows to themselves, with the signature of `attention.attend`
     attend: Callable = attention.attend
 
@@ -149,17 +137,17 @@ def look_up(decoder: Decoder, table: jax.Array, index: jax.Array) -> jax.Array:
     On a mesh each device finds its columns, for more rows than its own, and they are exchanged:
     neither the table nor its gradient moves.
     """
-    placement, shape = decoder.placement, (*index.shape, table.shape[1])
-    if placement is not None and not attention.divides(shape, placement.columns):
-        placement = None
-    if placement is not None:
-        index = jax.lax.with_sharding_constraint(index, placement.tokens)
+    where, shape = decoder.placement, (*index.shape, table.shape[1])
+    if where is not None and not shards.divides(shape, where.columns):
+        where = None
+    if where is not None:
+        index = jax.lax.with_sharding_constraint(index, where.tokens)
     # Cast after the look-up, so that the table's gradient is summed in float32. An id outside the
     # vocabulary gives nan, which is seen, and not the row nearest to it.
     found = jnp.take(table, index, axis=0).astype(decoder.dtype)
-    if placement is None:
+    if where is None:
         return found
-    return jax.lax.with_sharding_constraint(found, placement.columns)
+    return jax.lax.with_sharding_constraint(found, where.columns)
 
 
 def keep_rows(decoder: Decoder, hidden: jax.Array) -> jax.Array:
@@ -167,7 +155,7 @@ def keep_rows(decoder: Decoder, hidden: jax.Array) -> jax.Array:
 
     Rows that do not divide over the shards are left to the compiler.
     """
-    if decoder.placement is None or not attention.divides(hidden.shape, decoder.placement.rows):
+    if decoder.placement is None or not shards.divides(hidden.shape, decoder.placement.rows):
         return hidden
     return jax.lax.with_sharding_constraint(hidden, decoder.placement.rows)
 
