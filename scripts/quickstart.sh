@@ -18,7 +18,7 @@ echo "1/3 SFT: a small model learns to write film reviews"
 for method in dpo ipo kto orpo; do
     echo "2/3 $method: learns from pairs of reviews which are better"
     "$python" -m scripts.train "experiments/$method.py" --workdir "$runs/$method" \
-        --model.source "$runs/sft" "${pairs[@]}" --steps 60 --evaluate-every 20 \
+        --model.source "$runs/sft" "${pairs[@]}" --steps 60 --evaluate-every 30 \
         --optimizer.learning-rate 7e-4 --samples.count 96
 done
 echo "3/3 report"
