@@ -28,6 +28,8 @@ class Chip(NamedTuple):
     links: float
     # how Google's accelerator types begin; empty: it is no TPU
     accelerator: str = ""
+    # GiB of HBM that a program may use on a device, as TPUs' compiler says where one needs more
+    usable: float = 0
     # what an accelerator type counts of each chip
     counted: int = 1
     # devices of a chip, as JAX shows them
@@ -49,16 +51,16 @@ class Slice(NamedTuple):
 TPUS = (
     # https://cloud.google.com/tpu/docs/v4: 275 TFLOP/s, 32 GiB, 1200 GB/s; 2400 Gbit/s of links one
     # way
-    Chip("v4", 275e12, 32, 1200e9, 600e9, "v4", 2, 1, 3, 4096),
+    Chip("v4", 275e12, 32, 1200e9, 600e9, "v4", 30.75, 2, 1, 3, 4096),
     # https://cloud.google.com/tpu/docs/v5e: 197 TFLOP/s, 16 GB, 819 GB/s, 400 GB/s of links
-    Chip("v5e", 197e12, 16, 819e9, 400e9, "v5litepod", 1, 1, 2, 256),
+    Chip("v5e", 197e12, 16, 819e9, 400e9, "v5litepod", 15.75, 1, 1, 2, 256),
     # https://cloud.google.com/tpu/docs/v5p: 459 TFLOP/s, 95 GiB, 2765 GB/s, 1200 GB/s of links
-    Chip("v5p", 459e12, 95, 2765e9, 1200e9, "v5p", 2, 1, 3, 6144),
+    Chip("v5p", 459e12, 95, 2765e9, 1200e9, "v5p", 95.74, 2, 1, 3, 6144),
     # https://cloud.google.com/tpu/docs/v6e: 918 TFLOP/s, 32 GB, 1638 GB/s, 800 GB/s of links
-    Chip("v6e", 918e12, 32, 1638e9, 800e9, "v6e", 1, 1, 2, 256),
+    Chip("v6e", 918e12, 32, 1638e9, 800e9, "v6e", 31.25, 1, 1, 2, 256),
     # https://cloud.google.com/tpu/docs/tpu7x: 2307 TFLOP/s, 192 GiB, 7380 GB/s, 1200 GB/s of links;
     # its two halves are two devices
-    Chip("7x", 2307e12, 192, 7380e9, 1200e9, "tpu7x", 2, 2, 3, 9216),
+    Chip("7x", 2307e12, 192, 7380e9, 1200e9, "tpu7x", 94.75, 2, 2, 3, 9216),
 )
 # by what JAX calls the device; dense products, NVLink's both directions
 GPUS = {
