@@ -2,6 +2,7 @@
 without the arrays.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from dpo_jax import (
     assemble,
+    benchmark_layouts,
     config,
     contract,
     initial,
@@ -54,6 +56,9 @@ class Step(NamedTuple):
     numbers: dict
     examples: Examples
     plan: pack.Plan
+    # distinct tokens of prompts and completions of a step of the compiled shape, where that is
+    # filled as the run's steps are on average
+    useful: float
 
 
 def make(experiment: config.Experiment, examples: Examples, mesh) -> Step:
@@ -64,6 +69,7 @@ def make(experiment: config.Experiment, examples: Examples, mesh) -> Step:
     if experiment.batch_tokens is None:
         sharding.check_batch_size(experiment.batch_size, experiment.microbatches, mesh)
     data, shape = examples.data, read_shape(experiment)
+    inputs.check_lengths(data, shape.max_positions, experiment)
     started = start(experiment, shape, mesh)
     declared = contract.needs(experiment.loss.function)
     parts = sharding.batch_shards(mesh) * experiment.microbatches
@@ -88,7 +94,47 @@ def make(experiment: config.Experiment, examples: Examples, mesh) -> Step:
         },
         examples,
         plan,
+        plan.ladder[-1].rows * plan.ladder[-1].tokens * plan.curve[len(plan.ladder) - 1].tokens,
     )
+
+
+def make_padded(experiment: config.Experiment, examples: Examples, mesh) -> Step:
+    """The step of the layout that `benchmark_layouts.make_padded` times, for comparison: a row for
+    each completion, with the prompt again, padded to the longest, with all logits.
+    """
+    packed = make(benchmark_layouts.with_plain_attention(experiment), examples, mesh)
+    data, count = examples.data, experiment.batch_size
+    longest = int((spans(data.prompts)[:, None] + spans(data.completions)).max())
+    width = ladder.round_up(longest, benchmark_layouts.MULTIPLE)
+    shape = rows.Shape(count * len(data.names), width, width, 1)
+    scored = float(spans(data.completions).sum(axis=1).mean())
+    useful = float(rows.sizes(data).tokens.mean()) * count
+    positions = shape.rows * width
+    fill = ladder.Fill(useful / positions, scored * count / positions)
+    jitted = jax.jit(
+        benchmark_layouts.padded_step(experiment, packed.model),
+        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, packed.state), None),
+        donate_argnums=0,
+    )
+    where = sharding.rows(mesh)
+
+    def integers(*dims: int) -> Any:
+        return jax.ShapeDtypeStruct(dims, jnp.int32, sharding=where)
+
+    batch = {
+        "tokens": integers(shape.rows, width),
+        "lengths": integers(shape.rows),
+        "prompts": integers(shape.rows),
+        "length": {name: integers(count) for name in data.names},
+        "weight": jax.ShapeDtypeStruct((count,), jnp.float32, sharding=where),
+    }
+    plan = dataclasses.replace(packed.plan, ladder=(shape,), curve=(fill,))
+    return packed._replace(step=jitted, batch=batch, plan=plan, useful=useful)
+
+
+def spans(places: np.ndarray) -> np.ndarray:
+    """Tokens of spans [..., 2]."""
+    return places[..., 1] - places[..., 0]
 
 
 def read_shape(experiment: config.Experiment) -> model_config.DecoderConfig:
@@ -233,14 +279,6 @@ def make_table(experiment: config.Experiment, batch: dict, count: int) -> dict[s
         for name in (completion, *(reference.column(completion, one) for one in statistics))
     ]
     return dict.fromkeys(names, zeros)
-
-
-def useful_tokens(step: Step) -> float:
-    """Distinct tokens of prompts and completions of a step of the compiled shape, filled as the
-    run's steps are on average.
-    """
-    shape = step.plan.ladder[-1]
-    return shape.rows * shape.tokens * fill(step).tokens
 
 
 def fill(step: Step) -> ladder.Fill:

@@ -38,6 +38,8 @@ class Chip(NamedTuple):
     axes: int = 0
     # chips of a pod
     most: int = 1
+    # products and sums of its matrix units a cycle, as many as its maker says; 0: not said
+    products: int = 0
 
 
 class Slice(NamedTuple):
@@ -51,11 +53,11 @@ class Slice(NamedTuple):
 TPUS = (
     # https://cloud.google.com/tpu/docs/v4: 275 TFLOP/s, 32 GiB, 1200 GB/s; 2400 Gbit/s of links one
     # way
-    Chip("v4", 275e12, 32, 1200e9, 600e9, "v4", 30.75, 2, 1, 3, 4096),
+    Chip("v4", 275e12, 32, 1200e9, 600e9, "v4", 30.75, 2, 1, 3, 4096, 8 * 128**2),
     # https://cloud.google.com/tpu/docs/v5e: 197 TFLOP/s, 16 GB, 819 GB/s, 400 GB/s of links
-    Chip("v5e", 197e12, 16, 819e9, 400e9, "v5litepod", 15.75, 1, 1, 2, 256),
+    Chip("v5e", 197e12, 16, 819e9, 400e9, "v5litepod", 15.75, 1, 1, 2, 256, 4 * 128**2),
     # https://cloud.google.com/tpu/docs/v5p: 459 TFLOP/s, 95 GiB, 2765 GB/s, 1200 GB/s of links
-    Chip("v5p", 459e12, 95, 2765e9, 1200e9, "v5p", 95.74, 2, 1, 3, 6144),
+    Chip("v5p", 459e12, 95, 2765e9, 1200e9, "v5p", 95.74, 2, 1, 3, 6144, 8 * 128**2),
     # https://cloud.google.com/tpu/docs/v6e: 918 TFLOP/s, 32 GB, 1638 GB/s, 800 GB/s of links
     Chip("v6e", 918e12, 32, 1638e9, 800e9, "v6e", 31.25, 1, 1, 2, 256),
     # https://cloud.google.com/tpu/docs/tpu7x: 2307 TFLOP/s, 192 GiB, 7380 GB/s, 1200 GB/s of links;
@@ -186,6 +188,11 @@ def is_ring(chip: Chip, length: int) -> bool:
     of 16 in a 2D one.
     """
     return length % CUBE == 0 if chip.axes == 3 else length == 16
+
+
+def clock(chip: Chip) -> float | None:
+    """Cycles per second at which a chip's matrix units reach its FLOP/s; None: not known."""
+    return chip.flops / (2 * chip.products) if chip.products else None
 
 
 def find_gpu(kind: str) -> Chip | None:

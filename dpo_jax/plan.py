@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ from dpo_jax import (
 )
 from dpo_jax.data import pack, rows
 from dpo_jax.hlo import costs, text, work
+from dpo_jax.model import attention
 from dpo_jax.model import config as model_config
 
 GIB = 2**30
@@ -49,11 +50,14 @@ def plan(
     examples: abstract_step.Examples,
     target: targets.Target,
     price: float | None = None,
+    make: Callable = abstract_step.make,
 ) -> dict[str, Any]:
-    """Everything that `describe` prints, as JSON values. ValueError for what a run refuses too."""
+    """Everything that `plan_text.describe` prints, as JSON values, for the step that `make` gives.
+    ValueError for what a run refuses too.
+    """
     experiment = resolve(experiment, target)
     mesh = sharding.make_mesh(experiment.mesh, target.devices)
-    step = abstract_step.make(experiment, examples, mesh)
+    step = make(experiment, examples, mesh)
     compiled = compile_step(step)
     record = describe_run(step, target) | {
         "compile_seconds": compiled.seconds,
@@ -182,17 +186,18 @@ def predict(
 ) -> dict[str, Any]:
     """FLOPs, what is sent, and times."""
     devices = len(target.devices)
-    example = pack.batch(step.examples.data, step.plan, 0)
-    pairs = benchmark_layouts.mean_pairs(step.model, example)
+    pairs = None
+    if step.model.attend is not attention.attend:
+        example = pack.batch(step.examples.data, step.plan, 0)
+        pairs = benchmark_layouts.mean_pairs(step.model, example)
     unknown = 1.0 if pairs is None else pairs
     done = list(work.work(program, unknown_length=unknown))
     sent = roofline.sent_by(program, step.mesh, target)
     seconds = roofline.seconds_of(done, sent, target)
     model_flops = useful_flops(step)
-    tokens, peak = abstract_step.useful_tokens(step), devices * target.flops
+    tokens, peak = step.useful, devices * target.flops
     times = {"hidden": roofline.hidden(seconds), "exposed": roofline.exposed(seconds)}
     epoch = abstract_step.epoch_tokens(step) / tokens
-    clock = cycles_of(done)
     uncounted = costs.uncounted(program)
     if pairs is not None:
         uncounted = [name for name in uncounted if not benchmark_layouts.PAIRS.search(name)]
@@ -202,7 +207,8 @@ def predict(
         "flops_per_step": costs.flops(program, unknown_length=unknown) * devices,
         "model_flops_per_step": model_flops,
         "uncounted": uncounted,
-        "estimated_cycles": clock,
+        "estimated_cycles": sum(one.cycles * one.times for one in done),
+        "clock": None if target.piece is None else chips.clock(target.piece.chip),
         "collectives": [one._asdict() for one in sent],
         "seconds": roofline.by_name(seconds),
         "mfu": {name: model_flops / one / peak for name, one in times.items()},
@@ -216,11 +222,6 @@ def predict(
     }
 
 
-def cycles_of(done: Sequence[work.Work]) -> float:
-    """The compiler's estimates of all instructions, one after another."""
-    return sum(one.cycles * one.times for one in done)
-
-
 def useful_flops(step: abstract_step.Step) -> float:
     """FLOPs that a step of the compiled shape needs at least, filled as the run's steps are on
     average: `benchmark.floor_flops` with the passes that this run has.
@@ -232,7 +233,7 @@ def useful_flops(step: abstract_step.Step) -> float:
     # without gradients of the base's weights, a backward pass costs one forward one
     passes = 3 if step.experiment.lora.rank is None else 2
     passes += 1 if assemble.has_live_reference(step.experiment) else 0
-    return passes * forward * abstract_step.useful_tokens(step) / tokens
+    return passes * forward * step.useful / tokens
 
 
 def advise(step: abstract_step.Step, memory: Mapping[str, float]) -> list[str]:

@@ -101,13 +101,17 @@ def describe_time(record: Mapping[str, Any]) -> list[str]:
         cost = record["cost_per_epoch"]
         lines.append(
             f"| {label} | {seconds[label]:.3f} | {record['mfu'][name]:.1%} | "
-            f"{record['tokens_per_second'][name]:,.0f} | {record['hours_per_epoch'][name]:.2f} | "
+            f"{record['tokens_per_second'][name]:,.0f} | {record['hours_per_epoch'][name]:.3g} | "
             f"{'' if cost is None else f'{cost[name]:,.2f}'} |"
         )
     lines += ["", f"An epoch is {record['steps_per_epoch']:,.1f} steps of this shape."]
     if record["estimated_cycles"]:
         cycles = record["estimated_cycles"]
-        lines.append(f"The compiler's estimate of all instructions: {cycles:,.0f} cycles.")
+        clock = record["clock"]
+        took = f", {cycles / clock:.3f} s at {clock / 1e9:.2f} GHz" if clock else ""
+        lines.append(
+            f"The compiler's own estimate of all instructions: {cycles:,.0f} cycles{took}."
+        )
     if record["uncounted"]:
         lines.append(f"Not counted: {'; '.join(record['uncounted'])}.")
     lines += ["Assumed:", *(f"- {one}" for one in record["assumptions"])]

@@ -97,8 +97,9 @@ def local_cpus(number: str, topology: str) -> Target:
             f"{topology!r}: take cpu, or cpu:8 for eight devices of this machine's CPU"
         )
     jax.config.update("jax_platforms", "cpu")
-    if number:
-        jax.config.update("jax_num_cpu_devices", int(number))
+    with contextlib.suppress(RuntimeError):
+        # which says that JAX is running already
+        jax.config.update("jax_num_cpu_devices", int(number or 1))
     devices = jax.devices()
     if number and len(devices) != int(number):
         raise ValueError(f"{topology!r}: JAX is running with {len(devices)} CPU devices already")
@@ -110,7 +111,7 @@ def local_cpus(number: str, topology: str) -> Target:
         f"this machine's CPU ({os.cpu_count()} cores, {devices_named}, rates measured now)",
         devices,
         1,
-        benchmark_layouts.matmul_rate(jnp.float32) / count,
+        benchmark_layouts.matmul_rate(jnp.float32, 1024) / count,
         bandwidth,
         bandwidth,
         memory / count,

@@ -1,10 +1,12 @@
 """Compiles a run's train step for devices that need not be there, and says what it would take.
 
 python -m scripts.plan EXPERIMENT --topology v5p:4x4x4 [--search] [--price-per-chip-hour 4.2]
-    [--prompt-tokens 200 --completion-tokens 300 --examples 160000] [--json FILE] [flags of the run]
+    [--prompt-tokens 200 --completion-tokens 300 --examples 160000] [--layout packed|padded]
+    [--tries 8] [--json FILE] [flags of the run]
 
 A topology is a slice of TPUs in chips (v5p:4x4x4) or Google's accelerator type (v5p-128), cpu,
-cpu:8, or gpu. The lengths are medians, of rows that cannot be read here.
+cpu:8, or gpu. The lengths are medians, of rows that cannot be read here. The padded layout is for
+comparison: a row for each completion, padded to the longest, with all logits.
 """
 
 import argparse
@@ -21,6 +23,7 @@ def main() -> int:
     """The process's exit code: 1 where the step does not fit, 2 for a wrong command line."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--topology")
+    parser.add_argument("--layout", choices=("packed", "padded"), default="packed")
     parser.add_argument("--search", action="store_true")
     parser.add_argument("--tries", type=int, default=8)
     parser.add_argument("--price-per-chip-hour", type=float)
@@ -48,7 +51,8 @@ def main() -> int:
             print(plan_search.describe(records))
             record = records[0]
         else:
-            record = plan.plan(experiment, examples, target, own.price_per_chip_hour)
+            make = abstract_step.make_padded if own.layout == "padded" else abstract_step.make
+            record = plan.plan(experiment, examples, target, own.price_per_chip_hour, make)
         print(plan_text.describe(record))
         if own.json is not None:
             Path(own.json).write_text(json.dumps(record, indent=1))

@@ -83,6 +83,12 @@ def test_which_axes_of_a_slice_are_rings(name, rings):
     assert [chips.is_ring(piece.chip, length) for length in piece.shape] == rings
 
 
+@pytest.mark.parametrize(("name", "gigahertz"), [("v4", 1.05), ("v5e", 1.5), ("v5p", 1.75)])
+def test_the_clock_is_that_at_which_the_matrix_units_reach_the_peak(name, gigahertz):
+    chip = chips.find_chip(name, name)
+    assert chips.clock(chip) == pytest.approx(gigahertz * 1e9, rel=0.01)
+
+
 def test_a_gpu_is_found_by_what_jax_calls_it():
     found = chips.find_gpu("NVIDIA H100 80GB HBM3")
     assert found is not None
