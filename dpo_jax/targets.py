@@ -64,6 +64,8 @@ def tpus(piece: chips.Slice) -> Target:
     jax.config.update("jax_platforms", "cpu")
     # do not ask the network for a TPU
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # several processes that only compile do not get in each other's way
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     chip = piece.chip
     options: dict[str, Any] = {}
     if chips.count(piece) == 1:

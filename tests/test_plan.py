@@ -27,6 +27,7 @@ from dpo_jax import (
     targets,
 )
 from dpo_jax.data import made_up
+from dpo_jax.hlo import collectives
 from dpo_jax.model import decoder, presets
 from tests import tiny
 
@@ -313,3 +314,38 @@ def test_what_a_tpu_has_no_memory_for_is_told_in_numbers(libtpu, tmp_path):
     assert "It does not fit: " in text
     assert "--model.remat full" in text
     assert "Traceback" not in text
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_tpus_send_each_other_matrices_and_no_logits(libtpu, tmp_path, tensor):
+    source = write_shape(tmp_path, 256)
+    changes = {"model.source": source, "mesh.fsdp": None, "mesh.tensor": tensor}
+    target = targets.find("v5e:2x2")
+    experiment = plan.resolve(make_experiment(tmp_path, **changes), target)
+    mesh = sharding.make_mesh(experiment.mesh, target.devices)
+    step = abstract_step.make(experiment, abstract_step.read_examples(experiment, LENGTHS), mesh)
+    program = plan.compile_step(step).program
+    assert program is not None
+    gathered = [one.bytes for one in collectives.collectives(program) if one.kind == "all-gather"]
+    # the output matrix, in bfloat16; the logits of all scored tokens are more
+    head = 2 * 256 * 1024
+    shape = step.plan.ladder[-1]
+    assert 2 * shape.rows * shape.scored * 1024 > 2 * head
+    assert 0 < max(gathered) <= head
+
+
+@pytest.mark.slow
+def test_the_padded_layout_is_planned_as_it_is_timed(cpus, tmp_path):
+    experiment = make_experiment(tmp_path)
+    examples = abstract_step.read_examples(experiment, LENGTHS)
+    found = plan.plan(experiment, examples, cpus, None, abstract_step.make_padded)
+    # a row for each of two completions, as long as a prompt and a completion may be
+    assert list(found["batch_shape"].values()) == [32, 128, 128, 1]
+    data = examples.data
+    assert found["tokens_per_step"] == pytest.approx(16 * len(data.tokens) / len(data.prompts))
+    assert found["fits"]
+    packed = plan.plan(experiment, examples, cpus)
+    assert found["flops_per_step"] / found["tokens_per_step"] > 1.5 * (
+        packed["flops_per_step"] / packed["tokens_per_step"]
+    )

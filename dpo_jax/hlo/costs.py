@@ -15,7 +15,7 @@ from dpo_jax.hlo import loops, text
 FREE_CALLS = {
     *("AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone"),
     *("AsyncCollectiveStart", "ConcatBitcast", "GatherScatterIndicesBitpacked"),
-    *("LayoutConstraint", "MoveToDevice"),
+    *("LayoutConstraint", "MoveToDevice", "PrepareAsyncCallDone", "PrepareAsyncCallStart"),
     *("MoveToHost", "PadToStatic", "Sharding", "SliceToDynamic", "TopK", "__gpu$TopK"),
     *("annotate_device_placement", "cu_threefry2x32", "cu_threefry2x32_ffi"),
 }
