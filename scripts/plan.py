@@ -32,6 +32,8 @@ def main() -> int:
     parser.add_argument("--examples", type=int)
     parser.add_argument("--json")
     own, rest = parser.parse_known_args()
+    if {"-h", "--help"} & {*rest}:
+        print(__doc__)
     experiment, _ = flags.from_command_line(rest, PROGRAM)
     try:
         if own.topology is None:
@@ -42,6 +44,7 @@ def main() -> int:
         from dpo_jax import abstract_step, plan, plan_text
 
         examples = abstract_step.read_examples(experiment, lengths_of(own))
+        print(f"compiling for {target.name}, which may take minutes", flush=True)
         if own.search:
             from dpo_jax import plan_search
 

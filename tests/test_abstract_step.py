@@ -25,7 +25,10 @@ ADAPTER = {"lora.rank": 2, "lora.dropout": 0.1, "model.frozen": "int8"}
         pytest.param({"optimizer.moments_dtype": "bfloat16"}, marks=pytest.mark.slow),
         {**ADAPTER, "mesh.fsdp": 4, "mesh.tensor": 2},
         pytest.param({**ADAPTER, "reference.source": "base"}, marks=pytest.mark.slow),
-        pytest.param({"loss": config.Loss(losses.bco, beta=0.1)}, marks=pytest.mark.slow),
+        pytest.param(
+            {"loss": config.Loss(losses.bco, beta=0.1), "data.examples": "unpaired"},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             {"loss": config.Loss(losses.simpo, beta=2.0, gamma=1.0), "reference.source": None},
             marks=pytest.mark.slow,

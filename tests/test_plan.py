@@ -349,3 +349,11 @@ def test_the_padded_layout_is_planned_as_it_is_timed(cpus, tmp_path):
     assert found["flops_per_step"] / found["tokens_per_step"] > 1.5 * (
         packed["flops_per_step"] / packed["tokens_per_step"]
     )
+
+
+@pytest.mark.tpu
+def test_a_mesh_may_split_an_axis_of_the_torus(libtpu):
+    devices = targets.find("v5p:4x4x4").devices
+    mesh = sharding.make_mesh(config.Mesh(data=2, fsdp=32), devices)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 32, "tensor": 1}
+    assert len({device.id for device in mesh.devices.flat}) == 64
