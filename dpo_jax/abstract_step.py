@@ -29,7 +29,7 @@ from dpo_jax import (
 )
 from dpo_jax.data import ladder, made_up, pack, rows, tokenise, tokenizer
 from dpo_jax.model import config as model_config
-from dpo_jax.model import decoder, frozen, hf_config, hf_files, lora, presets, products
+from dpo_jax.model import decoder, frozen, hf_config, hf_files, lora, presets
 
 
 class Examples(NamedTuple):
@@ -198,9 +198,6 @@ def hold(params, held_as: str, others: str, mesh) -> dict:
 
     def place(leaf, kept):
         axes = (*leaf.sharding.spec, *[None] * leaf.ndim)
-        if products.is_quantised(kept):
-            # the compiler places these, which names no axis of one device
-            axes = [None if mesh.shape.get(axis, 1) == 1 else axis for axis in axes]
 
         def one(shape):
             spec = [
