@@ -192,8 +192,7 @@ def test_the_readmes_new_loss_runs_untouched_from_a_folder_of_its_own(folder: Pa
     assert f"experiments/{file.name}" in readme_loss()
     experiment = flags.parse(flags.load(file), ["--loss.beta", "0.3"], "train")
     assert experiment.loss.hyperparameters == {"beta": 0.3}
-    alone = {"steps": 1, "evaluate_every": None, "data.evaluation_source": None}
-    base = tiny.experiment(folder, tmp_path / "run", **alone)
+    base = tiny.experiment(folder, tmp_path / "run", steps=2, evaluate_every=None)
     train.train(base.replace(loss=experiment.loss), file)
     # policy equals reference: relu(1 - 0)^2
     assert tiny.metrics(tmp_path / "run")[1]["loss"] == pytest.approx(1.0)

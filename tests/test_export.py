@@ -25,16 +25,6 @@ CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-# what runs of adapters have in common, so that one program trains them all
-ADAPTER = {
-    "lora.rank": 4,
-    "lora.alpha": 8.0,
-    "data.tokenizer": None,
-    "data.evaluation_source": None,
-    "evaluate_every": None,
-    "optimizer.learning_rate": 1e-2,
-    "steps": 3,
-}
 MESSAGES = [{"role": "user", "content": "the plot"}]
 
 
@@ -263,7 +253,9 @@ def adapted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A run of an adapter on a model in HF format."""
     model = make_model(tmp_path_factory.mktemp("base") / "base", folder)
     workdir = tmp_path_factory.mktemp("adapted") / "run"
-    train.train(tiny.experiment(folder, workdir, **ADAPTER, **{"model.source": model}), tiny.FILE)
+    fields = {"model.source": model, "lora.rank": 4, "lora.alpha": 8.0}
+    fields |= {"data.tokenizer": None, "optimizer.learning_rate": 1e-2}
+    train.train(tiny.experiment(folder, workdir, steps=3, **fields), tiny.FILE)
     return str(workdir)
 
 
@@ -307,8 +299,8 @@ def test_an_adapter_alone_is_in_pefts_form_with_its_base_and_a_card(adapted, tmp
 def test_the_base_of_an_adapter_is_found_through_the_runs_that_it_went_on_from(
     adapted, folder, tmp_path
 ):
-    fields = {**ADAPTER, "model.source": adapted, "reference.source": "base"}
-    run = tiny.experiment(folder, tmp_path / "run", **fields)
+    fields = {"model.source": adapted, "lora.rank": 4, "lora.alpha": 8.0, "data.tokenizer": None}
+    run = tiny.experiment(folder, tmp_path / "run", steps=1, evaluate_every=None, **fields)
     train.train(run, tiny.FILE)
     found = load(str(tmp_path / "run"))
     assert found.adapter is not None and found.adapter.source == adapted
@@ -321,8 +313,8 @@ def test_the_base_of_an_adapter_is_found_through_the_runs_that_it_went_on_from(
 def test_what_is_no_adapter_or_has_no_base_in_hf_format_is_refused(run, folder, tmp_path):
     with pytest.raises(ValueError, match=r"has no adapter: leave --adapter out"):
         export.export(run, str(tmp_path / "out"), export.Options(adapter=True))
-    fields = {**ADAPTER, "model.source": run}
-    train.train(tiny.experiment(folder, tmp_path / "on", **fields), tiny.FILE)
+    fields = {"model.source": run, "lora.rank": 4, "data.tokenizer": None, "steps": 1}
+    train.train(tiny.experiment(folder, tmp_path / "on", evaluate_every=None, **fields), tiny.FILE)
     with pytest.raises(ValueError, match=r"no model in HF format: export that first .*BASE"):
         export.export(str(tmp_path / "on"), str(tmp_path / "out"), export.Options(adapter=True))
     named = export.Options(adapter=True, base_model="owner/base")

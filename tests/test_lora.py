@@ -80,7 +80,7 @@ def test_the_product_in_a_kernel_is_the_scaled_sum_over_the_rank():
         assert found == pytest.approx(kernel + added, rel=1e-5)
 
 
-@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "full"])
+@pytest.mark.parametrize("remat", ["none", "full"])
 def test_the_gradient_of_an_adapter_is_that_by_way_of_the_kernels(remat):
     model, base, adapter = GEMMA_3, tiny.draw_params(GEMMA_3), draw_adapter(GEMMA_3)
     module = decoder.Decoder(model, remat=remat)
@@ -172,19 +172,19 @@ def totals(params: dict, batch: dict, dropout: float) -> np.ndarray:
 
 
 def test_dropout_is_of_the_adapter_alone_and_drawn_by_row_and_seed(batch):
-    base, adapter = tiny.draw_params(LLAMA), draw_adapter(LLAMA, ("up",))
+    base, adapter = tiny.draw_params(LLAMA), draw_adapter(LLAMA)
     joined = lora.join(base, adapter, 1.0)
     plain = totals(joined, batch, 0.0)
-    one, other = (totals(joined, with_noise(batch, seed), 0.5) for seed in (0, 1))
+    one, other = (totals(joined, with_noise(batch, seed), 0.4) for seed in (0, 1))
     assert np.abs(one - plain).mean() > 0.1 and np.abs(one - other).mean() > 0.1
-    np.testing.assert_array_equal(totals(joined, with_noise(batch, 0), 0.5), one)
+    np.testing.assert_array_equal(totals(joined, with_noise(batch, 0), 0.4), one)
     # an evaluation has no noise, and a base no adapter
-    np.testing.assert_array_equal(totals(joined, batch, 0.5), plain)
-    np.testing.assert_array_equal(totals(base, with_noise(batch, 0), 0.5), totals(base, batch, 0))
+    np.testing.assert_array_equal(totals(joined, batch, 0.4), plain)
+    np.testing.assert_array_equal(totals(base, with_noise(batch, 0), 0.4), totals(base, batch, 0))
 
 
 def test_dropout_is_the_same_in_every_way_to_accumulate(batch):
-    base, adapter = tiny.draw_params(LLAMA), draw_adapter(LLAMA, ("query", "down"))
+    base, adapter = tiny.draw_params(LLAMA), draw_adapter(LLAMA)
 
     def score_joined(params, held: train_step.Held, rows: dict):
         joined = lora.join(held.base, params, 1.0)

@@ -12,8 +12,7 @@ from tests import tiny
 @pytest.fixture(scope="module")
 def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     workdir = tmp_path_factory.mktemp("sampled") / "run"
-    alone = {"steps": 1, "evaluate_every": None, "data.evaluation_source": None}
-    train.train(tiny.experiment(folder, workdir, **alone), tiny.FILE)
+    train.train(tiny.experiment(folder, workdir, steps=1, evaluate_every=None), tiny.FILE)
     return str(workdir)
 
 
