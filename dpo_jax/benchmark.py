@@ -2,8 +2,9 @@
 
 Each contender is a process of its own that takes orders from standard input, one JSON object a
 line: it answers {"ready": ...} once every shape that it will meet has been compiled, then for each
-line with a number of steps their seconds, and its peak memory at the end of input. One runs while
-the others wait.
+line with a number of steps their seconds, and its peak memory at the end of input. Its answers are
+lines of `ANSWER` and a JSON object: trainers print lines of their own, some of them dicts. One runs
+while the others wait.
 
 Dimensions: N examples of a step.
 """
@@ -32,6 +33,8 @@ from dpo_jax.model import weights
 
 ROOT = Path(__file__).resolve().parents[1]
 TRL = ROOT / "scripts" / "benchmark_trl.py"
+# what a line that is an answer begins with
+ANSWER = "benchmark: "
 # glibc's: keep freed memory, so that every step does not ask the kernel for it again
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
@@ -264,11 +267,11 @@ def end(process: subprocess.Popen) -> None:
 
 
 def answer(name: str, process: subprocess.Popen) -> dict[str, Any]:
-    """The next line of a contender that is a JSON object; it may print others between."""
+    """The next answer of a contender; it may print other lines between."""
     stream: Any = process.stdout
     for line in stream:
-        if line.startswith("{"):
-            return json.loads(line)
+        if line.startswith(ANSWER):
+            return json.loads(line.removeprefix(ANSWER))
     raise ValueError(f"{name} ended with exit code {process.wait()}; its error is above")
 
 
@@ -308,7 +311,7 @@ def work(stepper: benchmark_layouts.Stepper, orders: Iterator[str]) -> None:
 
 def say(message: dict[str, Any]) -> None:
     """One line to whoever gives the orders."""
-    print(json.dumps(message), flush=True)
+    print(f"{ANSWER}{json.dumps(message)}", flush=True)
 
 
 def floor_flops(

@@ -116,6 +116,25 @@ def test_a_contender_that_ends_is_an_error_with_its_exit_code():
         benchmark.race({"packed": command}, "", [], benchmark.Settings())
 
 
+def test_lines_of_a_contender_that_are_no_answers_are_passed_over():
+    program = """
+import json, sys
+def say(message): print("benchmark: " + json.dumps(message))
+say({"ready": True, "first_step": 2.0})
+sys.stdout.flush()
+for line in sys.stdin:
+    print(json.dumps({"steps": 0}))
+    say({"seconds": [0.5] * json.loads(line)["steps"]})
+    sys.stdout.flush()
+print({"train_runtime": "3.1"})
+print(json.dumps({"peak": 0}))
+say({"peak": 7})
+"""
+    settings = benchmark.Settings(rounds=2, steps=1)
+    (found,) = benchmark.race({"trl": [sys.executable, "-c", program]}, "", [10, 20], settings)
+    assert (found.rates, found.first_step, found.peak) == ([20.0, 40.0], 2.0, 7)
+
+
 @pytest.mark.slow
 def test_layouts_race_from_the_command_line(folder: Path, tmp_path: Path):
     command = [
