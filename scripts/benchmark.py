@@ -1,7 +1,8 @@
 """Times training steps of this project's layouts, and of other trainers, on the same examples.
 
-python -m scripts.benchmark EXPERIMENT [--layouts packed cached plain padded] [--peer trl=PYTHON]
-    [--rounds 5] [--steps 3] [--json FILE] [flags of the run]
+python -m scripts.benchmark EXPERIMENT [--layouts packed cached plain padded]
+    [--peer trl-fast=PYTHON --peer tunix=PYTHON ...] [--rounds 5] [--steps 3] [--json FILE]
+    [flags of the run]
 python -m scripts.benchmark --logps [--rounds 5]: log-probabilities from stripes of the vocabulary
     and from all logits
 """
@@ -38,7 +39,14 @@ def main() -> None:
             print(benchmark_logps.describe(result), flush=True)
         return
     experiment, file = flags.from_command_line(rest, PROGRAM)
-    from dpo_jax import benchmark, benchmark_layouts, sharding
+    from dpo_jax import (
+        benchmark,
+        benchmark_layouts,
+        benchmark_table,
+        benchmark_worker,
+        initial,
+        sharding,
+    )
 
     try:
         if own.worker is not None:
@@ -49,12 +57,13 @@ def main() -> None:
             model = dataclasses.replace(experiment.model, source=f"{own.folder}/model")
             experiment = benchmark.trimmed(experiment, own.count).replace(model=model)
             mesh = sharding.make_mesh(experiment.mesh, jax.devices())
-            benchmark.work(benchmark_layouts.LAYOUTS[own.worker](experiment, mesh), iter(sys.stdin))
+            stepper = benchmark_layouts.LAYOUTS[own.worker](experiment, mesh)
+            benchmark_worker.work(stepper, iter(sys.stdin), initial.compute_type(experiment.model))
             return
         peers = dict(one.split("=", 1) for one in own.peer)
         settings = benchmark.Settings(tuple(own.layouts), peers, own.rounds, own.steps)
         record = benchmark.run(experiment, file, rest[1:], settings)
-        print(benchmark.describe(record))
+        print(benchmark_table.describe(record))
         if own.json is not None:
             Path(own.json).write_text(json.dumps(record, indent=1))
     except ValueError as error:
