@@ -9,8 +9,8 @@ fixed for the run:
     tunix-fast  to the longest of the step, rounded up to `MULTIPLE`
 Its Llama rotates positions by wavelengths of 1,000,000 whatever the model's config says, which
 changes log-probabilities and no cost; its ORPO takes the odds of whole completions and not of their
-mean token, so that its loss is another number. Its train loop is called once: it asks for a batch when
-the step before is under way, and orders are obeyed there.
+mean token, so that its loss is another number. Its train loop is called once: it asks for a batch
+when the step before is under way, and orders are obeyed there.
 """
 
 import importlib

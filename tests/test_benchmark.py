@@ -25,6 +25,7 @@ from dpo_jax import (
 )
 from dpo_jax.data import pack
 from dpo_jax.model import decoder, presets
+from scripts import benchmark_trl, benchmark_tunix
 from tests import tiny
 
 
@@ -265,3 +266,68 @@ def test_the_ratio_of_stripes_to_all_logits_is_the_median_of_the_rounds():
         benchmark_logps.describe(result)
         == "| 288 | 512 | 50,304 | apart, trained | 2.000 s | 2.000 s | 0.90 |"
     )
+
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_hidden_layers": 3,
+    "intermediate_size": 10,
+    "vocab_size": 100,
+}
+
+
+def test_flops_of_padded_rows_are_those_of_policy_and_reference_by_type():
+    # two rows of 7 tokens, of which 3 and 2 are scored
+    body = 2 * 3 * (2 * 8 * 4 * 3 + 3 * 8 * 10) * 14 + 4 * 3 * 2 * 4 * 2 * 49
+    head = 2 * 8 * 100
+    batch = [(7, 3), (6, 2)]
+    found = benchmark_trl.count_flops(LLAMA, batch, "dpo", "chosen", "trl-fast")
+    assert found == {"float32": 4 * body + 5 * 5 * head, "bfloat16": 0.0}
+    found = benchmark_trl.count_flops(LLAMA, batch, "dpo", "chosen", "trl")
+    assert found == {"float32": 2 * 12 * head, "bfloat16": 5 * body + 3 * 12 * head}
+    found = benchmark_trl.count_flops(LLAMA, batch, "kto", "mismatched", "trl-bf16")
+    assert found == {"float32": 0.0, "bfloat16": 2 * (body + 5 * head)}
+    found = benchmark_trl.count_flops(LLAMA, batch, "orpo", "chosen", "trl-fast")
+    assert found == {"float32": 3 * body + 3 * 12 * head, "bfloat16": 0.0}
+
+
+def test_prompts_for_tunix_are_padded_on_the_left_and_completions_on_the_right():
+    steps = [
+        [{"prompt": [1, 2], "chosen": [3], "rejected": [4, 5, 6]}],
+        [{"prompt": [7, 8, 9], "chosen": [1], "rejected": [2]}],
+    ]
+    first, second = benchmark_tunix.pad(steps, "tunix")
+    assert first["prompt_ids"].tolist() == [[0, 1, 2]]
+    assert first["prompt_mask"].tolist() == [[0, 1, 1]]
+    assert first["chosen_ids"].tolist() == [[3, 0, 0]]
+    assert second["rejected_ids"].tolist() == [[2, 0, 0]]
+    assert second["rejected_mask"].tolist() == [[1, 0, 0]]
+    assert benchmark_tunix.padded_length(benchmark_tunix.pad(steps, "tunix-fast")[0]) == 256
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("loss", ["dpo", "kto", "orpo"])
+def test_trl_runs_the_same_examples_from_the_same_weights(loss: str, folder: Path, tmp_path: Path):
+    command = [
+        *(sys.executable, "-m", "scripts.benchmark", f"experiments/{loss}.py"),
+        *("--layouts", "padded", "--peer", f"trl-fast={sys.executable}"),
+        *("--rounds", "1", "--steps", "1", "--json", str(tmp_path / "record.json")),
+        *("--data.source", str(folder / "train.jsonl"), "--data.max-length", "128"),
+        *("--data.tokenizer", str(folder / "tokenizer"), "--model.source", "tiny"),
+        *("--batch-size", "8", *(() if loss == "orpo" else ("--reference.no-cached",))),
+    ]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        command, cwd=tiny.ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "record.json").read_text())
+    own, other = record["results"]
+    # ORPO's NLL is over other tokens there: of random weights, all are as likely
+    tolerance = 1e-2 if loss == "orpo" else 1e-5
+    assert other["loss"] == pytest.approx(own["loss"], rel=tolerance)
+    assert other["peak"] > 1e7 and min(other["rates"]) > 0
+    assert other["products"]["float32"] > 1e8
