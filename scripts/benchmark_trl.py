@@ -254,8 +254,9 @@ def count_flops(
 ) -> dict[str, float]:
     """FLOPs of a padded batch [R, L] through policy and reference, by type.
 
-    A gradient costs two forward passes; checkpointed layers run forward once more; the head of DPO
-    and KTO computes its logits twice, and its gradients in float32 whatever the type.
+    A gradient costs two forward passes; checkpointed layers run forward once more, but for their
+    last product; the head of DPO and KTO computes its logits twice, and its gradients in float32
+    whatever the type.
     """
     rows, tokens = len(batch), max(length for length, _ in batch)
     width, heads, layers = (
@@ -268,15 +269,17 @@ def count_flops(
     is_compact = name != "trl" and loss in ("dpo", "kto")
     scored = sum(answer for _, answer in batch) if is_compact else rows * (tokens - 1)
     head = 2 * width * shape["vocab_size"] * scored
-    checkpointed = name == "trl"
+    again = 0
+    if name == "trl":
+        again = body - 2 * layers * width * shape["intermediate_size"] * rows * tokens
     found = {"float32": 0.0, "bfloat16": 0.0}
     if part == "mismatched":
         found[COMPUTE[name]] += 2 * (body + head)
     elif loss in ("dpo", "kto"):
-        found[COMPUTE[name]] += (4 + checkpointed) * body + 3 * head
+        found[COMPUTE[name]] += 4 * body + again + 3 * head
         found["float32"] += 2 * head
     else:
-        found[COMPUTE[name]] += (3 + checkpointed) * body + 3 * head
+        found[COMPUTE[name]] += 3 * body + again + 3 * head
     return found
 
 
