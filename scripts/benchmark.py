@@ -66,10 +66,11 @@ def main() -> None:
             import jax
 
             model = dataclasses.replace(experiment.model, source=f"{own.folder}/model")
-            experiment = benchmark.trimmed(experiment, own.count).replace(model=model)
+            experiment = benchmark.trimmed(experiment, benchmark.LONG_RUN).replace(model=model)
             mesh = sharding.make_mesh(experiment.mesh, jax.devices())
             stepper = benchmark_layouts.LAYOUTS[own.worker](experiment, mesh)
-            benchmark_worker.work(stepper, iter(sys.stdin), initial.compute_type(experiment.model))
+            dtype = initial.compute_type(experiment.model)
+            benchmark_worker.work(stepper, iter(sys.stdin), dtype, own.count)
             return
         peers = dict(one.split("=", 1) for one in own.peer)
         settings = benchmark.Settings(tuple(own.layouts), peers, own.rounds, own.steps)
