@@ -255,7 +255,9 @@ def test_the_listing_has_index_status_and_name(file, root):
 
 
 def main(file: Path, root: str, trainer: Any, *arguments: str) -> int:
-    return sweep.main([str(file), "--workdir", root, *arguments], "sweep", lambda: trainer)
+    return sweep.main(
+        [str(file), "--workdir", root, *arguments], "sweep", lambda: sweep.Training(trainer, str)
+    )
 
 
 def test_the_exit_code_is_one_if_a_point_failed_and_the_reasons_come_last(file, root, capsys):
