@@ -261,7 +261,8 @@ def main(arguments: Sequence[str], program: str, make_training: Callable[[], Tra
         return 0
     training = make_training()
     failures = run(command.points, training.train)
-    print(training.describe(), flush=True)
+    if described := training.describe():
+        print(described, flush=True)
     out = sys.stderr if failures else sys.stdout
     print(summary(failures, len(command.points)), file=out)
     return 1 if failures else 0

@@ -37,10 +37,10 @@ def describe(compiled: Sequence[Compiled]) -> str:
     lines = []
     for loss in dict.fromkeys(one.loss for one in compiled):
         own = [one for one in compiled if one.loss == loss]
-        steps = sum(one.steps for one in own)
+        points, steps = len(own), sum(one.steps for one in own)
         lines.append(
-            f"{loss}: {len(own)} points compiled {steps} train steps; {total(own):.1f} s of "
-            f"compiling, about {saved(own):.1f} s saved"
+            f"{loss}: {points} point{'s' * (points > 1)}, {steps} train step{'s' * (steps != 1)} "
+            f"compiled; {total(own):.1f} s of compiling, about {saved(own):.1f} s saved"
         )
     return "\n".join(lines)
 
