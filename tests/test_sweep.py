@@ -1,8 +1,10 @@
 """The points of a sweep and what becomes of each."""
 
+import gc
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +201,25 @@ def test_a_failing_point_does_not_stop_the_rest_and_is_tried_again(file, root, c
     assert sweep.run(points(file, root), again) == []
     assert again.trained == [NAMES[1]]
     assert f"resuming {NAMES[1]}" in capsys.readouterr().out
+
+
+def test_what_a_failing_point_has_made_is_gone_before_the_next_starts(file, root):
+    made: list[weakref.ref[Trainer]] = []
+
+    def train(experiment: config.Experiment, experiment_file: Path) -> None:
+        assert [one() for one in made] == [None] * len(made)
+        state = Trainer()
+        made.append(weakref.ref(state))
+        # its traceback has this function's variables, of which it is one
+        error = ValueError("out of memory")
+        raise error
+
+    gc.disable()
+    try:
+        failures = sweep.run(points(file, root), train)
+    finally:
+        gc.enable()
+    assert {failure.reason for failure in failures} == {"ValueError: out of memory"}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143)])
