@@ -169,15 +169,18 @@ class _Trial(NamedTuple):
     def moved(self, example: int, shift: float) -> "_Trial":
         """With all that is known of an example changed, but for its weight."""
 
+        # on the host, where so little takes least time
+        def add(values: jax.Array, amount: float) -> Any:
+            found = np.array(values)
+            found[example] += amount
+            return found
+
         def move(one: logps.Logps, shift: float) -> logps.Logps:
-            statistics = {
-                name: sums.at[example].add(shift) for name, sums in one.statistics.items()
-            }
-            total, length = one.total.at[example].add(shift), one.length.at[example].add(7)
-            return logps.Logps(total, length, statistics)
+            statistics = {name: add(sums, shift) for name, sums in one.statistics.items()}
+            return logps.Logps(add(one.total, shift), add(one.length, 7), statistics)
 
         columns = {
-            name: values if name == "weight" else values.at[example].set(1.0 - values[example])
+            name: values if name == "weight" else add(values, 1.0 - 2.0 * float(values[example]))
             for name, values in self.batch.items()
         }
         return _Trial(
