@@ -19,10 +19,12 @@ from dpo_jax import (
     contract,
     initial,
     inputs,
+    kept,
     logps,
     optimizer,
     origins,
     paths,
+    programs,
     reference,
     sharding,
     train_step,
@@ -74,18 +76,14 @@ def make(experiment: config.Experiment, examples: Examples, mesh) -> Step:
     declared = contract.needs(experiment.loss.function)
     parts = sharding.batch_shards(mesh) * experiment.microbatches
     plan = pack.plan_run(data, experiment, parts, scores_prompt=declared.prompt)
-    tx = optimizer.make(experiment.optimizer)
-    schedule = optimizer.make_schedule(experiment.optimizer, experiment.steps)
-    state, shardings = make_state(started.params, tx, declared, mesh)
-    scoring = assemble.make_scoring(experiment, started)
-    step = train_step.make_train_step(scoring, tx, schedule, assemble.accumulation(experiment))
+    compiled = programs.make(programs.form(experiment, started, mesh))
     floats, _ = contract.split(experiment.loss.hyperparameters)
     return Step(
         experiment,
         mesh,
         started.model,
-        jax.jit(step, out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0),
-        state,
+        compiled.step,
+        make_state(experiment, started.params, mesh),
         train_step.Held(started.base, hold_reference(experiment, shape, mesh)),
         make_batch(experiment, data, plan, mesh),
         {
@@ -160,7 +158,7 @@ def read_examples(experiment: config.Experiment, lengths: made_up.Lengths | None
     if lengths is None:
         source = experiment.model.source
         words = tokenizer.load_tokenizer(experiment.data, origins.tokenizer_of(source))
-        data = inputs.load_examples(experiment, words)[0]
+        data = inputs.load_examples(experiment, words, kept.Kept())[0]
         return Examples(data, len(data.prompts), f"lengths of {experiment.data.source}")
     data = made_up.draw(lengths, longest, kind)
     columns, has_reference = tuple(data.columns), experiment.reference.source is not None
@@ -227,26 +225,22 @@ def hold_reference(experiment: config.Experiment, shape: model_config.DecoderCon
     return hold(whole, held_as, held_as, mesh)
 
 
-def make_state(params, tx, declared: contract.Needs, mesh) -> tuple[train_step.TrainState, Any]:
+def make_state(experiment: config.Experiment, params, mesh) -> train_step.TrainState:
     """`assemble.make_state` of shapes."""
-    placed = sharding.parameters(params, mesh)
-    shapes = jax.eval_shape(tx.init, params)
-    moments = sharding.like_parameters(shapes, params, placed, mesh)
-    everywhere: Any = sharding.replicated(mesh)
+    tx = optimizer.make(experiment.optimizer)
+    placed = programs.shardings(params, tx, mesh)
 
-    def one(shape, where):
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
+    def one(shape, where) -> Any:
+        return jax.ShapeDtypeStruct(jnp.shape(shape), jnp.result_type(shape), sharding=where)
 
     def whole(value) -> Any:
-        return jax.ShapeDtypeStruct(jnp.shape(value), jnp.result_type(value), sharding=everywhere)
+        return one(value, placed.step)
 
-    state = train_step.TrainState(
-        whole(jnp.int32(0)),
-        params,
-        jax.tree.map(one, shapes, moments),
-        jax.tree.map(whole, declared.state()),
+    moments = jax.tree.map(one, jax.eval_shape(tx.init, params), placed.opt_state)
+    loss_state = contract.needs(experiment.loss.function).state()
+    return train_step.TrainState(
+        whole(jnp.int32(0)), params, moments, jax.tree.map(whole, loss_state)
     )
-    return state, train_step.TrainState(everywhere, placed, moments, everywhere)
 
 
 def make_batch(

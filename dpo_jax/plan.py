@@ -15,7 +15,7 @@ import numpy as np
 from dpo_jax import (
     abstract_step,
     assemble,
-    benchmark,
+    benchmark_flops,
     benchmark_layouts,
     chips,
     config,
@@ -224,16 +224,18 @@ def predict(
 
 def useful_flops(step: abstract_step.Step) -> float:
     """FLOPs that a step of the compiled shape needs at least, filled as the run's steps are on
-    average: `benchmark.floor_flops` with the passes that this run has.
+    average: `benchmark_flops.floor_flops` with the passes that this run has.
     """
     data = step.examples.data
     chosen = np.arange(min(len(data.prompts), 4096))
     tokens = float(rows.sizes(data, indices=chosen).tokens.sum())
-    forward = benchmark.floor_flops(step.model.config, data, chosen) / 4
+    shape = step.model.config
+    alone = benchmark_flops.floor_flops(shape, data, chosen, has_reference=False)
+    forward = benchmark_flops.floor_flops(shape, data, chosen) - alone
     # without gradients of the base's weights, a backward pass costs one forward one
-    passes = 3 if step.experiment.lora.rank is None else 2
-    passes += 1 if assemble.has_live_reference(step.experiment) else 0
-    return passes * forward * step.useful / tokens
+    needed = alone - (0 if step.experiment.lora.rank is None else forward)
+    needed += forward if assemble.has_live_reference(step.experiment) else 0
+    return needed * step.useful / tokens
 
 
 def advise(step: abstract_step.Step, memory: Mapping[str, float]) -> list[str]:
