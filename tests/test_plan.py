@@ -195,7 +195,7 @@ def test_the_script_plans_for_the_cpu(tmp_path):
     flags += ["--prompt-tokens", "10", "--completion-tokens", "20"]
     done = run_script("experiments/dpo.py", "--topology", "cpu:2", *flags)
     assert done.returncode == 2
-    assert "lengths are planned without --examples" in done.stderr
+    assert "--examples not given: give all three" in done.stderr
     done = run_script("experiments/dpo.py", "--topology", "cpu:2", *flags, "--examples", "100")
     assert done.returncode == 0, done.stderr
     assert "reference cached" in done.stdout
