@@ -32,7 +32,7 @@ UPPER = (
 WITHOUT_JAX = (
     *("dpo_jax.checks", "dpo_jax.config", "dpo_jax.environment", "dpo_jax.flags"),
     *("dpo_jax.functions", "dpo_jax.paths", "dpo_jax.data", "dpo_jax.sweep", "dpo_jax.report"),
-    "dpo_jax.hlo",
+    *("dpo_jax.hlo", "dpo_jax.chips"),
 )
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 # the last two as their own documentation has them
