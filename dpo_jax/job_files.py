@@ -69,7 +69,8 @@ def slurm(
     """An array of jobs, a point each, one task a node, run again after a preemption."""
     minutes = max(1, math.ceil(60 * own.hours_limit))
     return f"""#!/usr/bin/env bash
-# {len(indices)} points of {load.experiment}, {own.resources} at once. From the project's folder, which all nodes see.
+# {len(indices)} points of {load.experiment}, {own.resources} at once; sbatch it from the project's
+# folder, which all nodes have to see.
 #SBATCH --job-name={name}
 #SBATCH --array={",".join(map(str, indices))}%{own.resources}
 #SBATCH --nodes={own.nodes}
@@ -80,7 +81,7 @@ def slurm(
 #SBATCH --open-mode=append
 #SBATCH --signal=TERM@{NOTICE}
 #SBATCH --output={name}-%a.log
-# TERM lets a run save a checkpoint and end with 143; the job is then queued again, a user's error is not.
+# TERM lets a run save a checkpoint and end with 143, and is then queued again; another error is not
 srun --kill-on-bad-exit=1 {sweep_command(load, "SLURM_ARRAY_TASK_ID")} && code=0 || code=$?
 if [ "$code" = 143 ]; then scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"; fi
 exit "$code"
@@ -149,12 +150,15 @@ def skypilot(
     if own.accelerators is None:
         raise ValueError("--accelerators is missing: what SkyPilot is to find, such as H100:8")
     if "://" not in load.workdir:
-        raise ValueError(f"--workdir is {load.workdir!r}; it must be a URL such as gs://bucket/runs")
-    extra = "tpu" if own.accelerators.startswith("tpu") else "cuda13"
-    setup = "bash scripts/setup_tpu_vm.sh" if extra == "tpu" else "bash scripts/setup.sh cuda13 gcs"
-    file = shlex.quote(own.skypilot)
-    return f"""# {len(indices)} points of {load.experiment}, a managed job each, which goes on after a preemption:
-# for i in {" ".join(map(str, indices))}; do sky jobs launch -y -d -n {name}-$i --env POINT=$i {file}; done
+        raise ValueError(
+            f"--workdir is {load.workdir!r}; it must be a URL such as gs://bucket/runs"
+        )
+    is_tpu = own.accelerators.startswith("tpu")
+    setup = "bash scripts/setup_tpu_vm.sh" if is_tpu else "bash scripts/setup.sh cuda13 gcs"
+    launch = f"sky jobs launch -y -d -n {name}-$i --env POINT=$i {shlex.quote(own.skypilot)}"
+    loop = f"for i in {' '.join(map(str, indices))}; do {launch}; done"
+    return f"""# {len(indices)} points of {load.experiment}, each a managed job, resumed if preempted:
+# {loop}
 name: {name}
 resources:
   accelerators: {json.dumps(own.accelerators)}

@@ -17,81 +17,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from dpo_jax import buckets, chips, flags, fleet, job_files, queued_resources, shipment, sweep
+from dpo_jax import (
+    buckets,
+    chips,
+    flags,
+    fleet,
+    job_files,
+    launch_flags,
+    queued_resources,
+    shipment,
+    sweep,
+)
 
-# TPU VMs come with Ubuntu 22.04, whose own Python is too old
-SETUP = "bash scripts/setup_tpu_vm.sh"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-def make_parser(program: str) -> argparse.ArgumentParser:
-    """The flags of the launcher itself."""
-    parser = argparse.ArgumentParser(
-        prog=program,
-        usage=f"{program} --workdir ROOT (--tpu TYPE --zone ZONE | --slurm FILE | "
-        "--kubernetes FILE | --skypilot FILE) [--index i | --shard i/n] [flags]",
-        add_help=False,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--workdir", metavar="ROOT", help="folder of the runs' folders, gs:// for --tpu")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--tpu", metavar="TYPE", help="v5p-128, or v5p:4x4x4 for the same chips")
-    for name, what in job_files.KINDS.items():
-        where.add_argument(f"--{name}", metavar="FILE", help=f"write {what}, and run nothing")
-    add("--dry-run", action="store_true", help="print the commands and run none")
-    add("--resources", type=positive, default=1, metavar="N", help="how many run side by side")
-    add("--by-shard", action="store_true", help="a resource runs its points in one process")
-    add("--spot", action="store_true", help="machines that cost less and may be preempted")
-    add("--zone", help="of the TPUs, such as us-east5-a")
-    add("--project", help="by default the one that gcloud is configured for")
-    add("--runtime-version", metavar="NAME", help="by default the one that fits the chips")
-    add("--retries", type=natural, default=3, metavar="N", help="of a point that was preempted")
-    add("--ssh-retries", type=natural, default=5, metavar="N", help="where ssh fails")
-    add("--wait-hours", type=hours, default=24, metavar="H", help="for capacity, at most")
-    add("--poll-seconds", type=hours, default=30, metavar="S", help="between two questions")
-    add("--hours-per-point", type=hours, metavar="H", help="for the predicted cost only")
-    add("--price-per-chip-hour", type=hours, metavar="USD", help="for the predicted cost only")
-    add("--logs", metavar="FOLDER", help="by default runs/launch/NAME of the resources")
-    add("--ref", help="git ref of the code; by default tracked files as they are")
-    add("--setup", default=SETUP, metavar="COMMAND", help="makes .venv on every worker")
-    add("--env", action="append", default=[], type=variable, metavar="NAME=VALUE")
-    add("--take-over", action="store_true", help="from a launcher that is no more")
-    job_files.add_flags(parser)
-    return parser
-
-
-def positive(text: str) -> int:
-    """A whole number above zero; argparse names the flag in the error."""
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} was given; it must be a whole number > 0")
-
-
-def natural(text: str) -> int:
-    """A whole number, zero too."""
-    if text.isdecimal():
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} was given; it must be a whole number >= 0")
-
-
-def hours(text: str) -> float:
-    """A finite number above zero, of hours, seconds or dollars."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if 0 < number < math.inf:
-        return number
-    raise argparse.ArgumentTypeError(f"{text!r} was given; it must be a number > 0")
-
-
-def variable(text: str) -> str:
-    """NAME=VALUE of an environment variable."""
-    if re.match(r"[A-Za-z_]\w*=", text):
-        return text
-    raise argparse.ArgumentTypeError(f"{text!r} was given; it must be NAME=VALUE")
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -99,18 +37,20 @@ def main(arguments: Sequence[str], program: str) -> int:
     behind, 2 for a wrong command line, 128 + n after signal n.
     """
     file = flags.experiment_argument(arguments, program)
-    parser = make_parser(f"{program} {arguments[0]}")
+    parser = launch_flags.make_parser(f"{program} {arguments[0]}")
     own, rest = parser.parse_known_args(arguments[1:])
     if "-h" in rest or "--help" in rest:
         print(parser.format_help() + "\nthen the flags of a sweep:\n")
     kind = next((name for name in job_files.KINDS if getattr(own, name) is not None), None)
     try:
-        check(own, kind, rest)
+        launch_flags.check(own, kind, rest)
         points = sweep.from_command_line(
             [str(file), *([] if own.workdir is None else ["--workdir", own.workdir]), *rest],
             program,
         ).points
-        _, passed = sweep.make_parser(program).parse_known_args(rest)
+        chosen, passed = sweep.make_parser(program).parse_known_args(rest)
+        if own.by_shard and (chosen.index, chosen.shard) != (None, None):
+            raise ValueError("--by-shard shares out all points: leave out --index and --shard")
         commit = shipment.commit_of(own.ref)
         path = shipment.check(commit, file, points)
         load = shipment.Shipment(commit, path, own.workdir, tuple(passed), tuple(own.env))
@@ -119,23 +59,6 @@ def main(arguments: Sequence[str], program: str) -> int:
         return launch(own, load, points)
     except (ValueError, queued_resources.Refused) as error:
         flags.stop(error)
-
-
-def check(own: argparse.Namespace, kind: str | None, rest: Sequence[str]) -> None:
-    """Raises ValueError for flags that do not go together."""
-    if "-h" in rest or "--help" in rest:
-        return
-    if kind is None and own.tpu is None:
-        raise ValueError("say where: --tpu TYPE --zone ZONE, or --slurm, --kubernetes, --skypilot")
-    if "--list" in rest:
-        raise ValueError("--list is a flag of scripts.sweep, which lists the points")
-    if own.tpu is not None and own.zone is None:
-        raise ValueError("--zone is missing: where the TPUs are, such as us-east5-a")
-    if own.tpu is not None and own.workdir is not None and not own.workdir.startswith("gs://"):
-        raise ValueError(
-            f"--workdir is {own.workdir!r}; it must be on gs://, since a TPU VM's disk goes with "
-            "it, and a preempted point goes on from its folder"
-        )
 
 
 def write_job_file(
@@ -153,9 +76,7 @@ def write_job_file(
     return 0
 
 
-def launch(
-    own: argparse.Namespace, load: shipment.Shipment, points: Sequence[sweep.Point]
-) -> int:
+def launch(own: argparse.Namespace, load: shipment.Shipment, points: Sequence[sweep.Point]) -> int:
     """Runs points on queued resources, or prints how."""
     piece = chips.parse(own.tpu)
     resource = queued_resources.Resource(
@@ -175,7 +96,7 @@ def launch(
     person = None if own.dry_run else buckets.who()
     done = set() if own.dry_run else buckets.finished(folder)
     left = [point for point in points if point.name not in done]
-    jobs = make_jobs(own, left, points)
+    jobs = make_jobs(own, left)
     count = min(own.resources, len(jobs))
     resources = [resource._replace(name=f"{resource.name}-{i}") for i in range(count)]
     print(plan(own, piece, resource, len(points), len(left), count), flush=True)
@@ -211,17 +132,13 @@ def sweep_name(load: shipment.Shipment) -> str:
     return f"dpo-jax-{stem[:20]}-{digest}"
 
 
-def make_jobs(
-    own: argparse.Namespace, left: Sequence[sweep.Point], points: Sequence[sweep.Point]
-) -> list[fleet.Job]:
+def make_jobs(own: argparse.Namespace, left: Sequence[sweep.Point]) -> list[fleet.Job]:
     """A job a point that is left, or with --by-shard one for each resource."""
     if not own.by_shard:
         return [
             fleet.Job(f"point-{p.index}", f"{p.index} {p.name}", ("--index", str(p.index)))
             for p in left
         ]
-    if [point.index for point in points] != list(range(len(points))):
-        raise ValueError("--by-shard shares out all points: leave out --index and --shard")
     count = min(own.resources, len(left))
     shards = [f"{i}/{count}" for i in range(count)]
     return [
@@ -251,7 +168,9 @@ def plan(
     ]
     number, price = chips.count(piece), own.price_per_chip_hour
     if own.hours_per_point is None:
-        return "\n".join([*lines, f"cost: not known without --hours-per-point; {number} chips each"])
+        return "\n".join(
+            [*lines, f"cost: not known without --hours-per-point; {number} chips each"]
+        )
     spent = left * own.hours_per_point * number
     text = f"{left} points x {own.hours_per_point:g} hours x {number} chips = {spent:g} chip-hours"
     money = "at no known --price-per-chip-hour" if price is None else f"= {spent * price:,.2f} USD"
@@ -272,7 +191,8 @@ def dry_run(
     lines = ["# what is there, and the lock of the sweep", shlex.join(buckets.account())]
     lines += [shlex.join(buckets.list_finished(folder))]
     lines += [f"echo {shlex.quote(lock)} | {shlex.join(buckets.write_lock(folder))}"]
-    lines += ["# the code", shlex.join(shipment.archive(load.commit, file))]
+    lines += ["# the code", shlex.join(["mkdir", "-p", str(logs)])]
+    lines += [shlex.join(shipment.archive(load.commit, file))]
     for number, resource in enumerate(resources):
         asked = [queued_resources.create(resource), queued_resources.describe(resource)]
         asked += [queued_resources.copy(resource, file, shipment.ARCHIVE)]

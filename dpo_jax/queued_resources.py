@@ -210,6 +210,8 @@ def explain(errors: str) -> str:
     if re.search(r"active account|gcloud auth login", errors):
         return f"gcloud is not logged in: {LOGIN}"
     if is_quota(errors):
-        return f"{found} (a project's quota for these chips in this zone is asked for at "\
+        return (
+            f"{found} (a project's quota for these chips in this zone is asked for at "
             "https://console.cloud.google.com/iam-admin/quotas)"
+        )
     return found

@@ -103,11 +103,12 @@ def is_shipped(path: Path, shipped: set[str]) -> bool:
 
 
 def prepare(setup: str) -> str:
-    """The shell command that unpacks the code in a worker's home and installs what it needs."""
-    return (
-        f"rm -rf {FOLDER} && mkdir {FOLDER} && tar -xzf {ARCHIVE} -C {FOLDER} && "
-        f"cd {FOLDER} && {setup}"
-    )
+    """The shell command that unpacks the code in a worker's home and installs what it needs.
+
+    gcloud runs a command again where its connection breaks: this one then goes on.
+    """
+    command = shlex.join(["bash", ATTACH, "setup", "bash", "-c", setup])
+    return f"mkdir -p {FOLDER} && tar -xzf {ARCHIVE} -C {FOLDER} && cd {FOLDER} && {command}"
 
 
 def sweep_command(shipment: Shipment, selection: Sequence[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """Runs the points of an experiment file's sweep() on TPU VMs, or writes a cluster's job file.
 
-python -m scripts.launch experiments/dpo.py --workdir gs://my-bucket/sweep --tpu v5p-128 --zone us-east5-a --dry-run
+python -m scripts.launch experiments/dpo.py --workdir gs://BUCKET/sweep --tpu v5p-128 --zone ZONE
 """
 
 import sys
