@@ -94,8 +94,6 @@ def kubernetes(
     """An indexed job, a pod a point; a pod that was disrupted is made again, without a limit."""
     if own.image is None:
         raise ValueError("--image is missing: a container image with the code and its .venv")
-    if own.nodes != 1:
-        raise ValueError("--nodes is of Slurm's files: a pod is on one node")
     if "://" not in load.workdir:
         raise ValueError(
             f"--workdir is {load.workdir!r}; a pod's disk goes with it, so that it must be a URL "
@@ -157,7 +155,7 @@ def skypilot(
     setup = "bash scripts/setup_tpu_vm.sh" if is_tpu else "bash scripts/setup.sh cuda13 gcs"
     launch = f"sky jobs launch -y -d -n {name}-$i --env POINT=$i {shlex.quote(own.skypilot)}"
     loop = f"for i in {' '.join(map(str, indices))}; do {launch}; done"
-    return f"""# {len(indices)} points of {load.experiment}, each a managed job, resumed if preempted:
+    return f"""# {len(indices)} points of {load.experiment}, a managed job each, started by:
 # {loop}
 name: {name}
 resources:

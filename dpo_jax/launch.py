@@ -5,6 +5,7 @@ Imports no jax; an experiment file that is loaded may.
 
 import argparse
 import asyncio
+import functools
 import hashlib
 import json
 import math
@@ -43,17 +44,16 @@ def main(arguments: Sequence[str], program: str) -> int:
         print(parser.format_help() + "\nthen the flags of a sweep:\n")
     kind = next((name for name in job_files.KINDS if getattr(own, name) is not None), None)
     try:
-        launch_flags.check(own, kind, rest)
+        launch_flags.check(own, parser, kind, rest)
         points = sweep.from_command_line(
-            [str(file), *([] if own.workdir is None else ["--workdir", own.workdir]), *rest],
-            program,
+            [str(file), *(["--workdir", own.workdir] if own.workdir else []), *rest], program
         ).points
         chosen, passed = sweep.make_parser(program).parse_known_args(rest)
         if own.by_shard and (chosen.index, chosen.shard) != (None, None):
             raise ValueError("--by-shard shares out all points: leave out --index and --shard")
         commit = shipment.commit_of(own.ref)
         path = shipment.check(commit, file, points)
-        load = shipment.Shipment(commit, path, own.workdir, tuple(passed), tuple(own.env))
+        load = shipment.Shipment(commit, path, str(own.workdir), tuple(passed), tuple(own.env))
         if kind is not None:
             return write_job_file(own, kind, load, points)
         return launch(own, load, points)
@@ -89,12 +89,8 @@ def launch(own: argparse.Namespace, load: shipment.Shipment, points: Sequence[sw
         wait_hours=own.wait_hours,
     )
     logs = Path(own.logs or flags.ROOT / "runs" / "launch" / resource.name)
-    folder = sweep_folder(load)
-    # a second signal must not end what the first has begun
-    for number in SIGNALS[1:]:
-        signal.signal(number, end)
     person = None if own.dry_run else buckets.who()
-    done = set() if own.dry_run else buckets.finished(folder)
+    done = set() if own.dry_run else buckets.finished(sweep_folder(load))
     left = [point for point in points if point.name not in done]
     jobs = make_jobs(own, left)
     count = min(own.resources, len(jobs))
@@ -103,21 +99,29 @@ def launch(own: argparse.Namespace, load: shipment.Shipment, points: Sequence[sw
     if person is None:
         print("\n".join(dry_run(own, load, resources, jobs, logs)))
         return 0
-    if not jobs:
-        return 0
-    with buckets.held(folder, person, take_over=own.take_over):
+    return run_alone(own, load, resources, jobs, logs, person) if jobs else 0
+
+
+def run_alone(
+    own: argparse.Namespace,
+    load: shipment.Shipment,
+    resources: Sequence[queued_resources.Resource],
+    jobs: list[fleet.Job],
+    logs: Path,
+    person: str,
+) -> int:
+    """Runs the jobs while this is the only launcher of the sweep; returns the exit code."""
+    # where the event loop does not handle them, so that the lock is removed
+    for number in SIGNALS[1:]:
+        signal.signal(number, end)
+    with buckets.held(sweep_folder(load), person, take_over=own.take_over):
         logs.mkdir(parents=True, exist_ok=True)
-        file = logs / shipment.ARCHIVE
-        subprocess.run(shipment.archive(load.commit, str(file)), check=True)
-        orders = fleet.Orders(
-            str(file),
-            shipment.prepare(own.setup),
-            lambda job, number: shipment.job_command(load, job, number),
-            logs,
-        )
+        file = str(logs / shipment.ARCHIVE)
+        subprocess.run(shipment.archive(load.commit, file), check=True)
+        command = functools.partial(shipment.job_command, load)
+        orders = fleet.Orders(file, shipment.prepare(own.setup), command, logs)
         bounds = fleet.Bounds(own.retries, own.ssh_retries, own.poll_seconds)
-        work = fleet.Work(jobs, orders, bounds)
-        return run(resources, work, take_over=own.take_over)
+        return run(resources, fleet.Work(jobs, orders, bounds), take_over=own.take_over)
 
 
 def sweep_folder(load: shipment.Shipment) -> str:

@@ -9,6 +9,22 @@ from dpo_jax import job_files
 
 # TPU VMs come with Ubuntu 22.04, whose own Python is too old
 SETUP = "bash scripts/setup_tpu_vm.sh"
+# flags that not every way of running reads, and those that do
+READERS = {
+    "resources": ("tpu", "slurm", "kubernetes"),
+    "retries": ("tpu", "kubernetes"),
+    "spot": ("tpu", "skypilot"),
+    "gpus": ("slurm", "kubernetes"),
+    "nodes": ("slurm",),
+    "hours_limit": ("slurm",),
+    "image": ("kubernetes",),
+    "image_folder": ("kubernetes",),
+    "accelerators": ("skypilot",),
+} | dict.fromkeys(
+    ("zone", "project", "runtime_version", "ssh_retries", "wait_hours", "poll_seconds", "logs")
+    + ("by_shard", "hours_per_point", "price_per_chip_hour", "ref", "setup", "take_over"),
+    ("tpu",),
+)
 
 
 def make_parser(program: str) -> argparse.ArgumentParser:
@@ -81,8 +97,10 @@ def variable(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r} was given; it must be NAME=VALUE")
 
 
-def check(own: argparse.Namespace, kind: str | None, rest: Sequence[str]) -> None:
-    """Raises ValueError for flags that do not go together."""
+def check(
+    own: argparse.Namespace, parser: argparse.ArgumentParser, kind: str | None, rest: Sequence[str]
+) -> None:
+    """Raises ValueError for flags that do not go together, or that nothing would read."""
     if "-h" in rest or "--help" in rest:
         return
     if own.workdir is None:
@@ -98,3 +116,9 @@ def check(own: argparse.Namespace, kind: str | None, rest: Sequence[str]) -> Non
             f"--workdir is {own.workdir!r}; it must be on gs://, since a TPU VM's disk goes with "
             "it, and a preempted point goes on from its folder"
         )
+    where = kind or "tpu"
+    for name, readers in READERS.items():
+        if where not in readers and getattr(own, name) != parser.get_default(name):
+            flag = "--" + name.replace("_", "-")
+            listed = " and ".join(f"--{reader}" for reader in readers)
+            raise ValueError(f"{flag} is read by {listed} only, and --{where} is given")

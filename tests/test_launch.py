@@ -38,6 +38,7 @@ def sweep():
     """Seeds."""
     return config.grid({"seed": [0, 1, 2]})
 '''
+SLOW = pytest.mark.slow
 WORKDIR = "gs://bucket/runs"
 WHERE = ("--workdir", WORKDIR, "--tpu", "v5p-8", "--zone", "us-east5-a")
 
@@ -159,6 +160,7 @@ def test_preempted_points_go_on_in_their_folders_on_a_new_resource(cloud):
     assert not (cloud.folder / "logs" / "point-2-try-2.log").exists()
 
 
+@pytest.mark.slow
 def test_a_point_that_is_preempted_too_often_is_given_up_and_others_run(cloud):
     cloud.plan(during={"point-0-try-1": "SUSPENDED", "point-0-try-2": "FAILED"})
     code, printed = cloud.launch("--retries", "1", "--resources", "2")
@@ -175,7 +177,7 @@ def test_capacity_that_is_never_granted_is_waited_for_no_longer_than_said(cloud)
     assert len(cloud.calls("create")) == 1 and cloud.calls("ssh") == [] and cloud.left() == []
 
 
-@pytest.mark.parametrize(("failures", "done"), [(2, True), (99, False)])
+@pytest.mark.parametrize(("failures", "done"), [(2, True), pytest.param(99, False, marks=SLOW)])
 def test_ssh_that_fails_is_tried_again_a_number_of_times(cloud, failures, done):
     cloud.plan(ssh_failures=failures)
     code, printed = cloud.launch("--ssh-retries", "2", "--index", "1")
@@ -186,6 +188,7 @@ def test_ssh_that_fails_is_tried_again_a_number_of_times(cloud, failures, done):
     assert len(cloud.calls("create")) == 1 and cloud.left() == []
 
 
+@pytest.mark.slow
 def test_a_lost_connection_is_taken_up_again_and_the_point_is_run_once(cloud):
     cloud.plan(during={"point-0-try-1": "disconnected"})
     code, printed = cloud.launch("--index", "0")
@@ -205,7 +208,7 @@ def test_a_users_error_is_not_tried_again_and_its_reason_is_shown(cloud):
     assert "failed: 1 seed=1\n      exit code 1: [0] ValueError: row 7 has no chosen" in table
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=SLOW)])
 def test_a_second_launcher_is_refused_and_a_signal_deletes_the_resources(cloud, number):
     cloud.plan(endless=[0])
     first = cloud.start("--resources", "2")
@@ -222,6 +225,7 @@ def test_a_second_launcher_is_refused_and_a_signal_deletes_the_resources(cloud, 
     assert "not finished: 0 seed=0" in printed and "Traceback" not in printed
 
 
+@pytest.mark.slow
 def test_what_a_dead_launcher_has_left_is_refused_and_then_taken_over(cloud):
     cloud.plan(endless=[0])
     dead = cloud.start("--index", "0")
@@ -236,6 +240,7 @@ def test_what_a_dead_launcher_has_left_is_refused_and_then_taken_over(cloud):
     assert cloud.left() == [] and cloud.steps()[0] == "012."
 
 
+@pytest.mark.slow
 def test_a_resource_of_another_program_is_left_alone(cloud):
     code, printed = cloud.launch("--dry-run")
     name = re.findall(r"create (\S+)", printed)[0]
@@ -250,8 +255,14 @@ def test_a_resource_of_another_program_is_left_alone(cloud):
     [
         ({"account": ""}, "gcloud is not logged in: run 'gcloud auth login'"),
         ({"create_error": "RESOURCE_EXHAUSTED: Quota limit exceeded"}, "Quota limit exceeded (a"),
-        ({"create_error": "PERMISSION_DENIED: no"}, "PERMISSION_DENIED: no"),
-        ({"states": [["FAILED"]], "message": "Quota exceeded"}, "Quota exceeded (a project's"),
+        pytest.param(
+            {"create_error": "PERMISSION_DENIED: no"}, "PERMISSION_DENIED: no", marks=SLOW
+        ),
+        pytest.param(
+            {"states": [["FAILED"]], "message": "Quota exceeded"},
+            "Quota exceeded (a project's",
+            marks=SLOW,
+        ),
     ],
 )
 def test_what_no_retry_helps_with_is_not_tried_again(cloud, scenario, message):
@@ -273,6 +284,7 @@ def test_a_machine_without_gcloud_is_told_what_to_install(cloud):
     assert code == 2 and "error: there is no gcloud on PATH: install it" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failures", [2, 99])
 def test_a_resource_that_cannot_be_deleted_is_tried_again_and_named(cloud, failures):
     cloud.plan(delete_failures=failures)
@@ -287,6 +299,7 @@ def test_a_resource_that_cannot_be_deleted_is_tried_again_and_named(cloud, failu
     assert f"NOT DELETED, and it costs: {command}" in printed
 
 
+@pytest.mark.slow
 def test_shards_run_their_points_in_one_process_each(cloud):
     code, printed = cloud.launch("--resources", "2", "--by-shard")
     assert code == 0, printed
@@ -295,6 +308,7 @@ def test_shards_run_their_points_in_one_process_each(cloud):
     assert sorted(jobs) == ["shard-0-of-2-try-1", "shard-1-of-2-try-1"]
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_what_a_launch_runs_and_runs_nothing(cloud):
     code, printed = cloud.launch("--dry-run", "--steps", "7", "--env", "NOTE=it's 1")
     assert code == 0 and cloud.calls() == []
@@ -343,6 +357,9 @@ def test_a_dry_run_and_its_plan_import_no_jax(project):
         ([*WHERE, "--index", "0", "--by-shard", "--dry-run"], "leave out --index and --shard"),
         ([*WHERE, "--ref", "no-such-ref", "--dry-run"], "the code is taken from git"),
         ([*WHERE, "--data.source", "/etc/hostname"], "not in what is sent: copy it to gs://"),
+        ([*WHERE, "--gpus", "4"], "--gpus is read by --slurm and --kubernetes only, and --tpu"),
+        (["--workdir", WORKDIR, "--slurm", "f", "--zone", "z"], "--zone is read by --tpu only"),
+        ([*WHERE[2:]], "--workdir ROOT is missing"),
         ([*WHERE, "--list"], "--list is a flag of scripts.sweep"),
         ([*WHERE, "--seed", "1"], "--seed is set for all points, and sweep()"),
     ],
@@ -360,3 +377,110 @@ def test_an_experiment_that_git_does_not_track_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         launch.main([str(file), *WHERE, "--dry-run"], "launch")
     assert "tiny.py is not in what is sent, the files that git tracks" in capsys.readouterr().err
+
+
+def readme_commands() -> list[str]:
+    """The launches of the README's section on TPU pods, a line each."""
+    section = (ROOT / "README.md").read_text().partition("## On a TPU pod")[2].partition("\n## ")[0]
+    text = section.replace("\\\n", " ")
+    return [line.strip() for line in text.splitlines() if "scripts.launch " in line]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_every_launch_in_the_readme_is_one(command, capsys):
+    words = shlex.split(command)
+    assert words[:3] == ["python", "-m", "scripts.launch"]
+    again = [] if "--dry-run" in words else ["--dry-run"]
+    assert launch.main([str(ROOT / words[3]), *words[4:], *again], "launch") == 0
+    assert capsys.readouterr().out.count("scripts.sweep") >= 1
+
+
+def test_the_readme_has_launches_on_tpus_and_clusters():
+    flags = " ".join(readme_commands())
+    assert all(flag in flags for flag in ("--tpu", "--slurm", "--kubernetes", "--skypilot"))
+
+
+def attached(home: Path, *arguments: str, timeout: float = 30) -> tuple[int, str]:
+    script = ROOT / "scripts" / "attach.sh"
+    environment = os.environ | {"HOME": str(home), "HOSTNAME": "t1v-n-1234-w-3"}
+    command = ["timeout", str(timeout), "bash", str(script), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout
+
+
+def test_an_attached_command_runs_once_and_gives_its_output_and_exit_code_again(tmp_path):
+    job = ("job", "bash", "-c", "echo 'a  b' >>ran; cat ran; exit 3")
+    for _ in range(2):
+        script = ("job", "bash", "-c", f"cd {tmp_path}; {job[3]}")
+        assert attached(tmp_path, *script) == (3, "[3] a  b\n")
+    assert attached(tmp_path, "other", "bash", "-c", "exit 255")[0] == 254
+
+
+def test_an_attached_command_outlives_its_connection_and_a_killed_one_is_known(tmp_path):
+    assert attached(tmp_path, "job", "bash", "-c", "sleep 0.7; echo end", timeout=0.3)[0] == 124
+    assert attached(tmp_path, "job", "none") == (0, "[3] end\n")
+    assert attached(tmp_path, "killed", "bash", "-c", "kill -9 $PPID")[0] == 143
+
+
+def job_file(tmp_path: Path, *arguments: str) -> str:
+    file = tmp_path / "file"
+    experiment = str(ROOT / "experiments" / "orpo.py")
+    line = [a.replace("FILE", str(file)) for a in arguments]
+    assert launch.main([experiment, "--workdir", "gs://b/r", *line], "launch") == 0
+    return file.read_text()
+
+
+def test_a_slurm_file_is_an_array_of_points_that_is_queued_again_after_sigterm(tmp_path):
+    text = job_file(tmp_path, "--slurm", "FILE", "--shard", "1/9", "--nodes", "2", "--steps", "5")
+    assert "#SBATCH --array=1,10%1\n" in text and "#SBATCH --nodes=2\n" in text
+    (tmp_path / "bin").mkdir()
+    for name, body in {"srun": 'echo "$@"; exit $CODE', "scontrol": 'echo "$@"'}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    for code in (0, 1, 143):
+        environment = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "CODE": str(code)}
+        environment |= {"SLURM_ARRAY_TASK_ID": "10", "SLURM_ARRAY_JOB_ID": "77"}
+        done = subprocess.run(
+            ["bash", str(tmp_path / "file")], env=environment, capture_output=True, text=True
+        )
+        run = "-m scripts.sweep experiments/orpo.py --workdir gs://b/r --index 10 --steps 5\n"
+        assert done.returncode == code
+        assert done.stdout.partition(".venv/bin/python ")[2].startswith(run)
+        assert ("requeue 77_10" in done.stdout) is (code == 143)
+
+
+def test_a_kubernetes_file_is_an_indexed_job_with_a_pod_for_each_point(tmp_path):
+    yaml: Any = pytest.importorskip("yaml")
+    text = job_file(tmp_path, "--kubernetes", "FILE", "--shard", "1/9", "--image", "g/i:1")
+    spec = yaml.safe_load(text)["spec"]
+    assert (spec["completions"], spec["completionMode"]) == (2, "Indexed")
+    container = spec["template"]["spec"]["containers"][0]
+    assert container["image"] == "g/i:1"
+    program, flag, script = container["command"]
+    shown = script.replace("exec ", "echo ")
+    done = subprocess.run(
+        [program, flag, shown], env={"JOB_COMPLETION_INDEX": "1"}, capture_output=True, text=True
+    )
+    assert done.stdout.endswith("experiments/orpo.py --workdir gs://b/r --index 10\n")
+
+
+def test_a_skypilot_file_runs_the_point_that_its_variable_names(tmp_path):
+    yaml: Any = pytest.importorskip("yaml")
+    arguments = ("--skypilot", "FILE", "--index", "4", "--accelerators", "tpu-v5p-8", "--spot")
+    task = yaml.safe_load(job_file(tmp_path, *arguments))
+    assert task["resources"] == {"accelerators": "tpu-v5p-8", "use_spot": True}
+    assert task["setup"] == "bash scripts/setup_tpu_vm.sh" and task["envs"] == {"POINT": "4"}
+    assert task["run"].endswith('--index "$POINT"')
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kubernetes", "f"], "--image is missing"),
+        (["--skypilot", "f"], "--accelerators is missing"),
+    ],
+)
+def test_a_job_file_that_lacks_something_is_not_written(capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        launch.main([str(ROOT / "experiments/orpo.py"), "--workdir", WORKDIR, *arguments], "launch")
+    assert message in capsys.readouterr().err
