@@ -3,6 +3,7 @@ laid-out data.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -251,8 +252,15 @@ def lay_out(
     def one_held_out(data: tokenise.Tokenised | None) -> reference.LaidOut | None:
         if data is None:
             return None
+        batches = math.ceil(len(data.prompts) / experiment.batch_size)
+        evaluations = 2 + experiment.steps // (experiment.evaluate_every or experiment.steps)
         plan = pack.plan(
-            data, experiment.batch_size, shards, experiment.seed, scores_prompt=declared.prompt
+            data,
+            experiment.batch_size,
+            shards,
+            experiment.seed,
+            number=batches * evaluations,
+            scores_prompt=declared.prompt,
         )
         return one(data, plan)
 

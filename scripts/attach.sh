@@ -13,7 +13,8 @@ if mkdir "$job" 2>/dev/null; then
     # ssh itself exits with 255, and so must no command
     run='code=0; "${@:2}" || code=$?; [ "$code" != 255 ] || code=254
         echo "$code" >"$1/code.new"; mv "$1/code.new" "$1/code"'
-    setsid nohup bash -c "$run" run "$job" "$@" </dev/null >"$job/log" 2>&1 &
+    : >"$job/log" # which tail may look for before the command has begun
+    setsid nohup bash -c "$run" run "$job" "$@" </dev/null >>"$job/log" 2>&1 &
     echo "$!" >"$job/pid.new"
     mv "$job/pid.new" "$job/pid"
 fi

@@ -8,6 +8,7 @@ completions of an example, N = B * E slots for examples.
 import dataclasses
 import hashlib
 import itertools
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -51,12 +52,14 @@ def plan(
     parts: int,
     seed: int,
     *,
+    number: float = math.inf,
     scores_prompt: bool = False,
 ) -> Plan:
     """Chooses the shapes for steps of so many examples, from the lengths alone, so that a typical
     step wastes least.
 
-    `parts` is batch shards times microbatches; the rows of every shape are a multiple of it.
+    `parts` is batch shards times microbatches; the rows of every shape are a multiple of it. In a
+    small number of steps, fewer shapes are worth compiling.
     With `scores_prompt`, the prompts' own tokens are scored too.
     """
     all_sizes = rows.sizes(data, scores_prompt)
@@ -64,7 +67,7 @@ def plan(
     starts = steps.by_number(batch_size, count * LOOKED_THROUGH)
     found = steps.sizes(all_sizes, starts, seed)
     sampled = rows.Sizes(found.tokens[:count], found.scored[:count])
-    climbed = data_ladder.climb(sampled, parts, most(all_sizes))
+    climbed = data_ladder.climb(sampled, parts, most(all_sizes), number)
     climbed = data_ladder.widen(climbed, largest(found))
     return Plan(batch_size, parts, seed, climbed.shapes, scores_prompt, climbed.curve)
 
@@ -89,7 +92,7 @@ def plan_by_tokens(
         starts = steps.by_tokens(all_sizes.tokens, limit, seed, count)
         return steps.sizes(all_sizes, starts, seed)
 
-    climbed, limit = data_ladder.climb_within(cut, batch_tokens, parts, most(all_sizes))
+    climbed, limit = data_ladder.climb_within(cut, batch_tokens, parts, most(all_sizes), number)
     starts = steps.by_tokens(all_sizes.tokens, limit, seed, number)
     fewest = int(np.diff(starts).min())
     return Plan(fewest, parts, seed, climbed.shapes, scores_prompt, climbed.curve, starts)
@@ -104,9 +107,10 @@ def plan_run(
 ) -> Plan:
     """The plan of a run's training steps, counted in examples or in tokens as it says."""
     size, seed, tokens = experiment.batch_size, experiment.seed, experiment.batch_tokens
+    number = experiment.steps
     if tokens is None:
-        return plan(data, size, parts, seed, scores_prompt=scores_prompt)
-    return plan_by_tokens(data, tokens, parts, seed, experiment.steps, scores_prompt=scores_prompt)
+        return plan(data, size, parts, seed, number=number, scores_prompt=scores_prompt)
+    return plan_by_tokens(data, tokens, parts, seed, number, scores_prompt=scores_prompt)
 
 
 def sampled_steps(examples: int) -> int:
@@ -152,7 +156,7 @@ def describe(plan: Plan, count: int, number: int) -> str:
     return (
         f"{number} steps of {taken / number:.4g} examples: {taken / count:.3g} epochs\n"
         f"rows x tokens (of which scored) over {plan.parts} batch shards x microbatches: {shapes}\n"
-        f"positions (scored positions) filled with {curve}"
+        f"positions (scored positions) filled with {curve}; {len(plan.ladder)} worth compiling"
     )
 
 
