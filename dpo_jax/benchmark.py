@@ -48,6 +48,10 @@ ALLOCATOR = {
 }
 
 
+# steps of the run of which the first are timed: its shapes are those of a run that is worth them
+LONG_RUN = 10_000
+
+
 class Settings(NamedTuple):
     """What is timed, and for how long."""
 

@@ -2,6 +2,7 @@
 took.
 """
 
+import itertools
 import json
 import os
 import time
@@ -16,12 +17,12 @@ from dpo_jax import benchmark_layouts
 ANSWER = "benchmark: "
 
 
-def work(stepper: benchmark_layouts.Stepper, orders: Iterator[str], dtype: str) -> None:
-    """A contender of this project, whose products are of that type: compiles all shapes, says so,
-    and obeys.
+def work(stepper: benchmark_layouts.Stepper, orders: Iterator[str], dtype: str, count: int) -> None:
+    """A contender of this project, whose products are of that type: compiles the shapes of its
+    first `count` steps, says so, and obeys.
     """
     begun = time.time() - float(os.environ.get("BENCHMARK_STARTED", time.time()))
-    batches, state = list(stepper.batches), stepper.state
+    batches, state = list(itertools.islice(stepper.batches, count)), stepper.state
     seen, compile_seconds, first_step, loss = set(), 0.0, 0.0, float("nan")
     start = time.perf_counter()
     for batch, _ in batches:

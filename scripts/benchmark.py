@@ -9,6 +9,8 @@ python -m scripts.benchmark --scaling [EXPERIMENT [flags of the run]] [--lengths
     lengths
 python -m scripts.benchmark --logps [--rounds 5]: log-probabilities from stripes of the vocabulary
     and from all logits
+python -m scripts.benchmark --sweep EXPERIMENT [--json FILE] [flags of the run]: eight points over
+    losses and betas, an epoch each, as a sweep and each alone
 """
 
 import argparse
@@ -34,10 +36,12 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int)
     parser.add_argument("--examples", nargs="+", type=int)
     parser.add_argument("--figure")
+    parser.add_argument("--sweep", action="store_true")
     # of a contender, which this program starts itself
     parser.add_argument("--worker")
     parser.add_argument("--folder")
     parser.add_argument("--count", type=int)
+    parser.add_argument("--points", nargs="+", type=int)
     own, rest = parser.parse_known_args()
     if own.logps:
         from dpo_jax import benchmark_logps
@@ -53,6 +57,7 @@ def main() -> None:
     from dpo_jax import (
         benchmark,
         benchmark_layouts,
+        benchmark_sweep,
         benchmark_table,
         benchmark_worker,
         initial,
@@ -60,21 +65,30 @@ def main() -> None:
     )
 
     try:
+        if own.points is not None:
+            experiment = benchmark.trimmed(experiment, own.count)
+            benchmark_sweep.work(experiment, file, Path(own.folder), own.points)
+            return
         if own.worker is not None:
             import dataclasses
 
             import jax
 
             model = dataclasses.replace(experiment.model, source=f"{own.folder}/model")
-            experiment = benchmark.trimmed(experiment, own.count).replace(model=model)
+            experiment = benchmark.trimmed(experiment, benchmark.LONG_RUN).replace(model=model)
             mesh = sharding.make_mesh(experiment.mesh, jax.devices())
             stepper = benchmark_layouts.LAYOUTS[own.worker](experiment, mesh)
-            benchmark_worker.work(stepper, iter(sys.stdin), initial.compute_type(experiment.model))
+            dtype = initial.compute_type(experiment.model)
+            benchmark_worker.work(stepper, iter(sys.stdin), dtype, own.count)
             return
-        peers = dict(one.split("=", 1) for one in own.peer)
-        settings = benchmark.Settings(tuple(own.layouts), peers, own.rounds, own.steps)
-        record = benchmark.run(experiment, file, rest[1:], settings)
-        print(benchmark_table.describe(record))
+        if own.sweep:
+            record = benchmark_sweep.run(experiment, file, rest[1:])
+            print(benchmark_sweep.describe(record))
+        else:
+            peers = dict(one.split("=", 1) for one in own.peer)
+            settings = benchmark.Settings(tuple(own.layouts), peers, own.rounds, own.steps)
+            record = benchmark.run(experiment, file, rest[1:], settings)
+            print(benchmark_table.describe(record))
         if own.json is not None:
             Path(own.json).write_text(json.dumps(record, indent=1))
     except ValueError as error:
