@@ -1,0 +1,391 @@
+"""Attention in blocks of tokens as Pallas kernels for TPUs.
+
+What `blocks.attend` computes, and the same pairs of blocks: they are listed in the order in which
+they are computed, and a kernel has one step for each, so that its time follows the list's length,
+which is data. A step computes several heads, lest what each step costs besides should count.
+
+Dimensions: B rows, L tokens, H query heads, K key and value heads, k of them in a step, G = H / K,
+Dh dimensions a head, b tokens of a block, n blocks of a row, N = B * n, R = G * b, T pairs.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import NamedSharding
+
+from dpo_jax.model import attention, blocks
+
+# tokens of a block, at least: what a vector register has lanes
+BLOCK = 128
+# pairs that may be listed, as numbers of 4 bytes in the scalar memory
+LISTED = 2**16
+# float32 numbers of logits and of results that a step may have in the vector memory
+HELD = 2**18
+LOWEST = blocks.LOWEST
+
+
+class Step(NamedTuple):
+    """What a kernel reads and writes for a pair of blocks, references to vector memory."""
+
+    # whether the pair is the first, and the last, of its outer block
+    first: jax.Array
+    last: jax.Array
+    outer: tuple[Any, ...]
+    inner: tuple[Any, ...]
+    results: tuple[Any, ...]
+    # float32, and kept until the next pair
+    sums: tuple[Any, ...]
+
+
+class Form(NamedTuple):
+    """What of attention is fixed when it is compiled."""
+
+    scale: float
+    window: int | None
+    cap: float | None
+    # whether to compute as the kernels would where there is no TPU
+    interpret: bool
+
+
+class Listed(NamedTuple):
+    """Pairs of blocks in the order in which they are computed: one of the outer blocks with all of
+    the inner blocks that it needs, then the next.
+    """
+
+    count: jax.Array  # int32 [1]
+    # int32 [T]: row, outer and inner block as one number; after the first `count`, any others
+    order: jax.Array
+
+
+class Lists(NamedTuple):
+    """Which pairs of blocks are computed, and the ids from which their masks are made."""
+
+    by_query: Listed
+    by_key: Listed
+    query_ids: jax.Array  # int32 [N, b, 3]: example, branch and position
+    key_ids: jax.Array
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    query_ids: attention.Ids,
+    key_ids: attention.Ids,
+    *,
+    scale: float,
+    window: int | None = None,
+    cap: float | None = None,
+    rows: NamedSharding | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """What `blocks.attend` returns, [B, Lq, H, Dh].
+
+    `interpret` computes as the kernels would where there is no TPU, for tests.
+    """
+    run = functools.partial(attend_rows, Form(scale, window, cap, interpret))
+    return blocks.on_each_device(run, rows, query, key, value, query_ids, key_ids)
+
+
+@functools.cache
+def make_attend(rows: NamedSharding | None) -> Callable[..., jax.Array]:
+    """`attend` for rows that lie there; the same function each time, so that decoders compare."""
+    return functools.partial(attend, rows=rows)
+
+
+def attend_rows(
+    form: Form,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    query_ids: attention.Ids,
+    key_ids: attention.Ids,
+) -> jax.Array:
+    """Attention of rows on one device: [B, Lq, H, Dh]."""
+    size = block_size(len(query), query.shape[1], key.shape[1])
+    lists = list_pairs(query_ids, key_ids, size, form.window)
+    mixed: Any = attend_pairs(form, blocks.cut_heads(query, key, value, size), lists)
+    return blocks.join_heads(mixed, query.shape, size)
+
+
+def block_size(batch: int, query_length: int, key_length: int) -> int:
+    """Tokens of a block: so many that all pairs of blocks could be listed."""
+    size = BLOCK
+    while batch * -(-query_length // size) * -(-key_length // size) > LISTED:
+        size *= 2
+    return size
+
+
+def list_pairs(
+    query_ids: attention.Ids, key_ids: attention.Ids, size: int, window: int | None
+) -> Lists:
+    """The pairs of blocks of `size` tokens that must be computed, of ids [B, Lq] and [B, Lk]."""
+    queries, keys = (
+        attention.Ids(*(blocks.cut_rows(jnp.asarray(array), size) for array in ids))
+        for ids in (query_ids, key_ids)
+    )
+    needed = blocks.find_needed(queries, keys, len(query_ids.example), window)
+    by_query, by_key = order(needed), order(needed.transpose(0, 2, 1))
+    return Lists(by_query, by_key, *(jnp.stack(ids, axis=-1) for ids in (queries, keys)))
+
+
+def order(needed: jax.Array) -> Listed:
+    """The pairs that are 1 in [B, outer, inner]. A block that needs none gets its first, lest what
+    it sees stay unwritten.
+    """
+    none = needed.sum(axis=-1, keepdims=True) == 0
+    first = jnp.arange(needed.shape[-1])[None, None] == 0
+    listed = jnp.where(none & first, 1, needed).reshape(-1)
+    found = jnp.argsort(1 - listed, stable=True).astype(jnp.int32)
+    return Listed(listed.sum(dtype=jnp.int32)[None], found)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend_pairs(form: Form, cut: blocks.Blocks, lists: Lists) -> jax.Array:
+    """What the queries of each block see: [N, K, R, Dh]."""
+    return forward(form, cut, lists)[0]
+
+
+def keep(form: Form, cut: blocks.Blocks, lists: Lists) -> tuple[jax.Array, tuple]:
+    """`attend_pairs`, and what its backward pass needs."""
+    mixed, log_total = forward(form, cut, lists)
+    return mixed, (cut, lists, mixed, log_total)
+
+
+def forward(form: Form, cut: blocks.Blocks, lists: Lists) -> tuple[jax.Array, jax.Array]:
+    """What the queries see [N, K, R, Dh], and the log of their softmax's sum [N, K, 1, R]."""
+    query, key, value = cut
+    count, heads, rows, _ = query.shape
+    log_total = jax.ShapeDtypeStruct((count, heads, 1, rows), jnp.float32)
+    return run_pairs(
+        functools.partial(attend_pair, form),
+        form.interpret,
+        lists.by_query,
+        outer=(lists.query_ids, query),
+        inner=(lists.key_ids.transpose(0, 2, 1), key, value),
+        results=(like(query), log_total),
+        sums=((rows, 1), (rows, 1), query.shape[2:]),
+    )
+
+
+def backward(form: Form, kept: tuple, cotangent: jax.Array) -> tuple[blocks.Blocks, Lists]:
+    """The gradients of the blocks; both kernels compute the weights again."""
+    (query, key, value), lists, mixed, log_total = kept
+    product = (cotangent.astype(jnp.float32) * mixed.astype(jnp.float32)).sum(axis=-1)
+    queries = query, cotangent, log_total, product[:, :, None]
+    (of_query,) = run_pairs(
+        functools.partial(differentiate_query, form),
+        form.interpret,
+        lists.by_query,
+        outer=(lists.query_ids, *queries),
+        inner=(lists.key_ids.transpose(0, 2, 1), key, value),
+        results=(like(query),),
+        sums=(query.shape[2:],),
+    )
+    of_key, of_value = run_pairs(
+        functools.partial(differentiate_key, form),
+        form.interpret,
+        lists.by_key,
+        outer=(lists.key_ids, key, value),
+        inner=(lists.query_ids.transpose(0, 2, 1), *queries),
+        results=(like(key), like(value)),
+        sums=(key.shape[2:], value.shape[2:]),
+    )
+    nothing = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), lists)
+    return blocks.Blocks(of_query, of_key, of_value), nothing
+
+
+attend_pairs.defvjp(keep, backward)
+
+
+def like(array: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+def run_pairs(
+    kernel: Callable[[Step], None],
+    interpret: bool,
+    listed: Listed,
+    *,
+    outer: tuple[jax.Array, ...],
+    inner: tuple[jax.Array, ...],
+    results: tuple[jax.ShapeDtypeStruct, ...],
+    sums: tuple[tuple[int, ...], ...],
+) -> Any:
+    """What the kernel writes for the outer blocks, of arrays of these and of the inner blocks.
+
+    Of arrays [N, K, ...] it is given k heads at a time, of others [N, ...] all.
+    """
+    # T = (blocks of the outer kind) * (inner blocks of a row)
+    inner_count = len(listed.order) // len(outer[0])
+    outer_count = len(listed.order) // len(inner[0])
+    # all of the sizes that logits and sums have
+    rows, columns = (max(array.shape[-2] for array in arrays[1:3]) for arrays in (outer, inner))
+    key_heads, head_dim = outer[1].shape[1], outer[1].shape[3]
+    fitting = max(1, HELD // (max(rows, columns) * max(min(rows, columns), head_dim)))
+    heads = max(k for k in range(1, key_heads + 1) if key_heads % k == 0 and k <= fitting)
+
+    def of_outer(h, t, count, order) -> tuple:
+        return jax.lax.div(order[t], inner_count), h
+
+    def of_inner(h, t, count, order) -> tuple:
+        row = jax.lax.div(order[t], outer_count * inner_count)
+        return row * inner_count + jax.lax.rem(order[t], inner_count), h
+
+    def lie(at: Callable[..., tuple], array: Any) -> pl.BlockSpec:
+        if array.ndim == 3:
+            return pl.BlockSpec((None, *array.shape[1:]), lambda *step: (at(*step)[0], 0, 0))
+        return pl.BlockSpec((None, heads, *array.shape[2:]), lambda *step: (*at(*step), 0, 0))
+
+    def body(count, order, *references) -> None:
+        t, total = pl.program_id(1), count[0]
+        own, before, after = (
+            jax.lax.div(order[at], inner_count)
+            for at in (t, jnp.maximum(t - 1, 0), jnp.minimum(t + 1, total - 1))
+        )
+        ends = (t == 0) | (before != own), (t == total - 1) | (after != own)
+        of_step = iter(references)
+        parts = (tuple(next(of_step) for _ in part) for part in (outer, inner, results, sums))
+        kernel(Step(*ends, *parts))
+
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=2,
+        grid=(key_heads // heads, listed.count[0]),
+        in_specs=[*(lie(of_outer, one) for one in outer), *(lie(of_inner, one) for one in inner)],
+        out_specs=[lie(of_outer, one) for one in results],
+        scratch_shapes=[pltpu.VMEM((heads, *shape), jnp.float32) for shape in sums],
+    )
+    called = pl.pallas_call(
+        body,
+        out_shape=results,
+        grid_spec=grid,
+        interpret=interpret,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+    )
+    return called(*listed, *outer, *inner)
+
+
+def attend_pair(form: Form, step: Step) -> None:
+    """What the queries see, from the keys so far."""
+    query_ids, query = step.outer
+    key_ids, key, value = step.inner
+    mixed, log_total = step.results
+    largest, total, so_far = step.sums
+
+    @pl.when(step.first)
+    def _():
+        largest[...] = jnp.full(largest.shape, LOWEST, jnp.float32)
+        total[...] = jnp.zeros(total.shape, jnp.float32)
+        so_far[...] = jnp.zeros(so_far.shape, jnp.float32)
+
+    mask = attention.sees(columns(query_ids), lines(key_ids), form.window)
+    mask = repeat(mask, query.shape[1] // mask.shape[0], 0)
+    scores = jnp.where(mask, score(form, query[...], key[...]), LOWEST)
+    before = largest[...]
+    new = jnp.maximum(before, scores.max(axis=-1, keepdims=True))
+    weights = jnp.where(mask, jnp.exp(scores - new), 0.0)
+    shrunk = jnp.exp(before - new)
+    largest[...] = new
+    total[...] = total[...] * shrunk + weights.sum(axis=-1, keepdims=True)
+    more = blocks.multiply("kij,kjd->kid", weights.astype(value.dtype), value[...])
+    so_far[...] = so_far[...] * shrunk + more
+
+    @pl.when(step.last)
+    def _():
+        # a query that sees nothing gives 0
+        whole = jnp.where(total[...] > 0, total[...], 1.0)
+        mixed[...] = (so_far[...] / whole).astype(mixed.dtype)
+        logs = jnp.where(largest[...] > LOWEST, largest[...] + jnp.log(whole), 0.0)
+        log_total[:, 0, :] = logs[:, :, 0]
+
+
+def differentiate_query(form: Form, step: Step) -> None:
+    """The gradient of the queries, from the keys so far."""
+    query_ids, query, given, log_total, product = step.outer
+    key_ids, key, value = step.inner
+    (gradient,), (so_far,) = step.results, step.sums
+
+    @pl.when(step.first)
+    def _():
+        so_far[...] = jnp.zeros(so_far.shape, jnp.float32)
+
+    mask = attention.sees(columns(query_ids), lines(key_ids), form.window)
+    mask = repeat(mask, query.shape[1] // mask.shape[0], 0)
+    scores = score(form, query[...], key[...])
+    weights = weigh(mask, scores, log_total[:, 0, :][:, :, None])
+    more = blocks.multiply("kid,kjd->kij", given[...], value[...])
+    slopes = slope(form, weights, scores, more - product[:, 0, :][:, :, None])
+    so_far[...] += blocks.multiply("kij,kjd->kid", slopes.astype(key.dtype), key[...])
+
+    @pl.when(step.last)
+    def _():
+        gradient[...] = so_far[...].astype(gradient.dtype)
+
+
+def differentiate_key(form: Form, step: Step) -> None:
+    """The gradients of keys and values, from the queries so far; logits have keys first."""
+    key_ids, key, value = step.outer
+    query_ids, query, given, log_total, product = step.inner
+
+    @pl.when(step.first)
+    def _():
+        for so_far in step.sums:
+            so_far[...] = jnp.zeros(so_far.shape, jnp.float32)
+
+    mask = attention.sees(lines(query_ids), columns(key_ids), form.window)
+    mask = repeat(mask, query.shape[1] // mask.shape[1], 1)
+    scores = score(form, key[...], query[...])
+    weights = weigh(mask, scores, log_total[...])
+    more = blocks.multiply("kjd,kid->kji", value[...], given[...])
+    slopes = slope(form, weights, scores, more - product[...])
+    of_key, of_value = step.sums
+    of_key[...] += blocks.multiply("kji,kid->kjd", slopes.astype(query.dtype), query[...])
+    of_value[...] += blocks.multiply("kji,kid->kjd", weights.astype(given.dtype), given[...])
+
+    @pl.when(step.last)
+    def _():
+        for gradient, so_far in zip(step.results, step.sums, strict=True):
+            gradient[...] = so_far[...].astype(gradient.dtype)
+
+
+def columns(ids: Any) -> attention.Ids:
+    """Ids [b, 3] of a block, each [b, 1]."""
+    return attention.Ids(*(ids[:, at : at + 1] for at in range(3)))
+
+
+def lines(ids: Any) -> attention.Ids:
+    """Ids [3, b] of a block, each [1, b]."""
+    return attention.Ids(*(ids[at : at + 1, :] for at in range(3)))
+
+
+def repeat(mask: jax.Array, groups: int, axis: int) -> jax.Array:
+    """A mask of blocks for the query heads of a key's head, one after another: [1, R, b] or
+    [1, b, R].
+    """
+    # a mask cannot be laid out anew, numbers can
+    whole = jnp.concatenate([mask.astype(jnp.int32)] * groups, axis=axis)
+    return (whole != 0)[None]
+
+
+def score(form: Form, left: jax.Array, right: jax.Array) -> jax.Array:
+    """Logits of queries and keys, in either order: float32 [k, R, b] or [k, b, R]."""
+    scores = form.scale * blocks.multiply("kid,kjd->kij", left, right)
+    return scores if form.cap is None else form.cap * jnp.tanh(scores / form.cap)
+
+
+def weigh(mask: jax.Array, scores: jax.Array, log_total: jax.Array) -> jax.Array:
+    """The softmax of logits."""
+    logs = jnp.where(mask, scores - log_total, LOWEST)
+    return jnp.where(mask, jnp.exp(logs), 0.0)
+
+
+def slope(form: Form, weights: jax.Array, scores: jax.Array, more: jax.Array) -> jax.Array:
+    """The gradient of products of queries and keys."""
+    slopes = form.scale * weights * more
+    return slopes if form.cap is None else slopes * (1 - jnp.square(scores / form.cap))
