@@ -68,8 +68,8 @@ class Lists(NamedTuple):
 
     by_query: Listed
     by_key: Listed
-    query_ids: jax.Array  # int32 [N, b, 3]: example, branch and position
-    key_ids: jax.Array
+    query_ids: jax.Array  # int32 [N, 3, b]: example, branch and position
+    key_ids: jax.Array  # int32 [N, b, 3]
 
 
 def attend(
@@ -132,7 +132,7 @@ def list_pairs(
     )
     needed = blocks.find_needed(queries, keys, len(query_ids.example), window)
     by_query, by_key = order(needed), order(needed.transpose(0, 2, 1))
-    return Lists(by_query, by_key, *(jnp.stack(ids, axis=-1) for ids in (queries, keys)))
+    return Lists(by_query, by_key, jnp.stack(queries, axis=1), jnp.stack(keys, axis=2))
 
 
 def order(needed: jax.Array) -> Listed:
@@ -161,16 +161,16 @@ def keep(form: Form, cut: blocks.Blocks, lists: Lists) -> tuple[jax.Array, tuple
 def forward(form: Form, cut: blocks.Blocks, lists: Lists) -> tuple[jax.Array, jax.Array]:
     """What the queries see [N, K, R, Dh], and the log of their softmax's sum [N, K, 1, R]."""
     query, key, value = cut
-    count, heads, rows, _ = query.shape
+    count, heads, rows, head_dim = query.shape
     log_total = jax.ShapeDtypeStruct((count, heads, 1, rows), jnp.float32)
     return run_pairs(
         functools.partial(attend_pair, form),
         form.interpret,
         lists.by_query,
         outer=(lists.query_ids, query),
-        inner=(lists.key_ids.transpose(0, 2, 1), key, value),
+        inner=(lists.key_ids, key, value),
         results=(like(query), log_total),
-        sums=((rows, 1), (rows, 1), query.shape[2:]),
+        sums=((1, rows), (1, rows), (head_dim, rows)),
     )
 
 
@@ -178,22 +178,23 @@ def backward(form: Form, kept: tuple, cotangent: jax.Array) -> tuple[blocks.Bloc
     """The gradients of the blocks; both kernels compute the weights again."""
     (query, key, value), lists, mixed, log_total = kept
     product = (cotangent.astype(jnp.float32) * mixed.astype(jnp.float32)).sum(axis=-1)
-    queries = query, cotangent, log_total, product[:, :, None]
+    of_queries = lists.query_ids, query, cotangent, log_total, product[:, :, None]
+    of_keys = lists.key_ids, key, value
     (of_query,) = run_pairs(
         functools.partial(differentiate_query, form),
         form.interpret,
         lists.by_query,
-        outer=(lists.query_ids, *queries),
-        inner=(lists.key_ids.transpose(0, 2, 1), key, value),
+        outer=of_queries,
+        inner=of_keys,
         results=(like(query),),
-        sums=(query.shape[2:],),
+        sums=(query.shape[:1:-1],),
     )
     of_key, of_value = run_pairs(
         functools.partial(differentiate_key, form),
         form.interpret,
         lists.by_key,
-        outer=(lists.key_ids, key, value),
-        inner=(lists.query_ids.transpose(0, 2, 1), *queries),
+        outer=of_keys,
+        inner=of_queries,
         results=(like(key), like(value)),
         sums=(key.shape[2:], value.shape[2:]),
     )
@@ -284,66 +285,52 @@ def attend_pair(form: Form, step: Step) -> None:
         total[...] = jnp.zeros(total.shape, jnp.float32)
         so_far[...] = jnp.zeros(so_far.shape, jnp.float32)
 
-    mask = attention.sees(columns(query_ids), lines(key_ids), form.window)
-    mask = repeat(mask, query.shape[1] // mask.shape[0], 0)
-    scores = jnp.where(mask, score(form, query[...], key[...]), LOWEST)
+    scores, mask = score(form, query, key, query_ids, key_ids)
+    scores = jnp.where(mask, scores, LOWEST)
     before = largest[...]
-    new = jnp.maximum(before, scores.max(axis=-1, keepdims=True))
+    new = jnp.maximum(before, scores.max(axis=1, keepdims=True))
     weights = jnp.where(mask, jnp.exp(scores - new), 0.0)
     shrunk = jnp.exp(before - new)
     largest[...] = new
-    total[...] = total[...] * shrunk + weights.sum(axis=-1, keepdims=True)
-    more = blocks.multiply("kij,kjd->kid", weights.astype(value.dtype), value[...])
+    total[...] = total[...] * shrunk + weights.sum(axis=1, keepdims=True)
+    more = blocks.multiply("kjd,kji->kdi", value[...], weights.astype(value.dtype))
     so_far[...] = so_far[...] * shrunk + more
 
     @pl.when(step.last)
     def _():
         # a query that sees nothing gives 0
         whole = jnp.where(total[...] > 0, total[...], 1.0)
-        mixed[...] = (so_far[...] / whole).astype(mixed.dtype)
-        logs = jnp.where(largest[...] > LOWEST, largest[...] + jnp.log(whole), 0.0)
-        log_total[:, 0, :] = logs[:, :, 0]
+        mixed[...] = jnp.swapaxes(so_far[...] / whole, 1, 2).astype(mixed.dtype)
+        log_total[...] = jnp.where(largest[...] > LOWEST, largest[...] + jnp.log(whole), 0.0)
 
 
 def differentiate_query(form: Form, step: Step) -> None:
     """The gradient of the queries, from the keys so far."""
-    query_ids, query, given, log_total, product = step.outer
-    key_ids, key, value = step.inner
+    _, key, _ = step.inner
     (gradient,), (so_far,) = step.results, step.sums
 
     @pl.when(step.first)
     def _():
         so_far[...] = jnp.zeros(so_far.shape, jnp.float32)
 
-    mask = attention.sees(columns(query_ids), lines(key_ids), form.window)
-    mask = repeat(mask, query.shape[1] // mask.shape[0], 0)
-    scores = score(form, query[...], key[...])
-    weights = weigh(mask, scores, log_total[:, 0, :][:, :, None])
-    more = blocks.multiply("kid,kjd->kij", given[...], value[...])
-    slopes = slope(form, weights, scores, more - product[:, 0, :][:, :, None])
-    so_far[...] += blocks.multiply("kij,kjd->kid", slopes.astype(key.dtype), key[...])
+    _, slopes = weigh(form, step.outer, step.inner)
+    so_far[...] += blocks.multiply("kjd,kji->kdi", key[...], slopes.astype(key.dtype))
 
     @pl.when(step.last)
     def _():
-        gradient[...] = so_far[...].astype(gradient.dtype)
+        gradient[...] = jnp.swapaxes(so_far[...], 1, 2).astype(gradient.dtype)
 
 
 def differentiate_key(form: Form, step: Step) -> None:
-    """The gradients of keys and values, from the queries so far; logits have keys first."""
-    key_ids, key, value = step.outer
-    query_ids, query, given, log_total, product = step.inner
+    """The gradients of keys and values, from the queries so far."""
+    _, query, given, *_ = step.inner
 
     @pl.when(step.first)
     def _():
         for so_far in step.sums:
             so_far[...] = jnp.zeros(so_far.shape, jnp.float32)
 
-    mask = attention.sees(lines(query_ids), columns(key_ids), form.window)
-    mask = repeat(mask, query.shape[1] // mask.shape[1], 1)
-    scores = score(form, key[...], query[...])
-    weights = weigh(mask, scores, log_total[...])
-    more = blocks.multiply("kjd,kid->kji", value[...], given[...])
-    slopes = slope(form, weights, scores, more - product[...])
+    weights, slopes = weigh(form, step.inner, step.outer)
     of_key, of_value = step.sums
     of_key[...] += blocks.multiply("kji,kid->kjd", slopes.astype(query.dtype), query[...])
     of_value[...] += blocks.multiply("kji,kid->kjd", weights.astype(given.dtype), given[...])
@@ -354,38 +341,38 @@ def differentiate_key(form: Form, step: Step) -> None:
             gradient[...] = so_far[...].astype(gradient.dtype)
 
 
-def columns(ids: Any) -> attention.Ids:
-    """Ids [b, 3] of a block, each [b, 1]."""
-    return attention.Ids(*(ids[:, at : at + 1] for at in range(3)))
-
-
-def lines(ids: Any) -> attention.Ids:
-    """Ids [3, b] of a block, each [1, b]."""
-    return attention.Ids(*(ids[at : at + 1, :] for at in range(3)))
-
-
-def repeat(mask: jax.Array, groups: int, axis: int) -> jax.Array:
-    """A mask of blocks for the query heads of a key's head, one after another: [1, R, b] or
-    [1, b, R].
+def weigh(
+    form: Form, of_queries: tuple[Any, ...], of_keys: tuple[Any, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """The softmax of a pair's logits and the gradient of the products that these are of:
+    float32 [k, b, R] each.
     """
+    query_ids, query, given, log_total, product = of_queries
+    key_ids, key, value = of_keys
+    scores, mask = score(form, query, key, query_ids, key_ids)
+    logs = jnp.where(mask, scores - log_total[...], LOWEST)
+    weights = jnp.where(mask, jnp.exp(logs), 0.0)
+    more = blocks.multiply("kjd,kid->kji", value[...], given[...])
+    slopes = form.scale * weights * (more - product[...])
+    if form.cap is not None:
+        slopes = slopes * (1 - jnp.square(scores / form.cap))
+    return weights, slopes
+
+
+def score(
+    form: Form, query: Any, key: Any, query_ids: Any, key_ids: Any
+) -> tuple[jax.Array, jax.Array]:
+    """A pair's logits, float32 [k, b, R], and whether each key is seen by each query, [1, b, R].
+
+    Keys come first, so that what is told of a query, such as its greatest logit, lies along the
+    lanes and meets every key's logits as it is.
+    """
+    scores = form.scale * blocks.multiply("kjd,kid->kji", key[...], query[...])
+    if form.cap is not None:
+        scores = form.cap * jnp.tanh(scores / form.cap)
+    mine = attention.Ids(*(query_ids[at : at + 1, :] for at in range(3)))
+    its = attention.Ids(*(key_ids[:, at : at + 1] for at in range(3)))
+    mask = attention.sees(mine, its, form.window)
     # a mask cannot be laid out anew, numbers can
-    whole = jnp.concatenate([mask.astype(jnp.int32)] * groups, axis=axis)
-    return (whole != 0)[None]
-
-
-def score(form: Form, left: jax.Array, right: jax.Array) -> jax.Array:
-    """Logits of queries and keys, in either order: float32 [k, R, b] or [k, b, R]."""
-    scores = form.scale * blocks.multiply("kid,kjd->kij", left, right)
-    return scores if form.cap is None else form.cap * jnp.tanh(scores / form.cap)
-
-
-def weigh(mask: jax.Array, scores: jax.Array, log_total: jax.Array) -> jax.Array:
-    """The softmax of logits."""
-    logs = jnp.where(mask, scores - log_total, LOWEST)
-    return jnp.where(mask, jnp.exp(logs), 0.0)
-
-
-def slope(form: Form, weights: jax.Array, scores: jax.Array, more: jax.Array) -> jax.Array:
-    """The gradient of products of queries and keys."""
-    slopes = form.scale * weights * more
-    return slopes if form.cap is None else slopes * (1 - jnp.square(scores / form.cap))
+    mask = jnp.concatenate([mask.astype(jnp.int32)] * (query.shape[1] // mask.shape[1]), axis=1)
+    return scores, (mask != 0)[None]
