@@ -10,6 +10,7 @@ Dh dimensions a head, b tokens of a block, n blocks of a row, N = B * n, R = G *
 
 import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -89,14 +90,14 @@ def attend(
 
     `interpret` computes as the kernels would where there is no TPU, for tests.
     """
-    run = functools.partial(attend_rows, Form(scale, window, cap, interpret))
+    run = partial(attend_rows, Form(scale, window, cap, interpret))
     return blocks.on_each_device(run, rows, query, key, value, query_ids, key_ids)
 
 
 @functools.cache
 def make_attend(rows: NamedSharding | None) -> Callable[..., jax.Array]:
     """`attend` for rows that lie there; the same function each time, so that decoders compare."""
-    return functools.partial(attend, rows=rows)
+    return partial(attend, rows=rows)
 
 
 def attend_rows(
@@ -146,7 +147,7 @@ def order(needed: jax.Array) -> Listed:
     return Listed(listed.sum(dtype=jnp.int32)[None], found)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend_pairs(form: Form, cut: blocks.Blocks, lists: Lists) -> jax.Array:
     """What the queries of each block see: [N, K, R, Dh]."""
     return forward(form, cut, lists)[0]
@@ -164,13 +165,14 @@ def forward(form: Form, cut: blocks.Blocks, lists: Lists) -> tuple[jax.Array, ja
     count, heads, rows, head_dim = query.shape
     log_total = jax.ShapeDtypeStruct((count, heads, 1, rows), jnp.float32)
     return run_pairs(
-        functools.partial(attend_pair, form),
+        partial(attend_pair, form),
         form.interpret,
         lists.by_query,
         outer=(lists.query_ids, query),
         inner=(lists.key_ids, key, value),
         results=(like(query), log_total),
         sums=((1, rows), (1, rows), (head_dim, rows)),
+        products=2,
     )
 
 
@@ -181,22 +183,24 @@ def backward(form: Form, kept: tuple, cotangent: jax.Array) -> tuple[blocks.Bloc
     of_queries = lists.query_ids, query, cotangent, log_total, product[:, :, None]
     of_keys = lists.key_ids, key, value
     (of_query,) = run_pairs(
-        functools.partial(differentiate_query, form),
+        partial(differentiate_query, form),
         form.interpret,
         lists.by_query,
         outer=of_queries,
         inner=of_keys,
         results=(like(query),),
         sums=(query.shape[:1:-1],),
+        products=3,
     )
     of_key, of_value = run_pairs(
-        functools.partial(differentiate_key, form),
+        partial(differentiate_key, form),
         form.interpret,
         lists.by_key,
         outer=of_keys,
         inner=of_queries,
         results=(like(key), like(value)),
         sums=(key.shape[2:], value.shape[2:]),
+        products=4,
     )
     nothing = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), lists)
     return blocks.Blocks(of_query, of_key, of_value), nothing
@@ -206,11 +210,12 @@ attend_pairs.defvjp(keep, backward)
 
 
 def like(array: jax.Array) -> jax.ShapeDtypeStruct:
+    """Its shape and type."""
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
 def run_pairs(
-    kernel: Callable[[Step], None],
+    kernel: partial[None],
     interpret: bool,
     listed: Listed,
     *,
@@ -218,8 +223,11 @@ def run_pairs(
     inner: tuple[jax.Array, ...],
     results: tuple[jax.ShapeDtypeStruct, ...],
     sums: tuple[tuple[int, ...], ...],
+    products: int,
 ) -> Any:
     """What the kernel writes for the outer blocks, of arrays of these and of the inner blocks.
+
+    `products` is how many it computes of a pair's logits or their like.
 
     Of arrays [N, K, ...] it is given k heads at a time, of others [N, ...] all.
     """
@@ -262,8 +270,16 @@ def run_pairs(
         out_specs=[lie(of_outer, one) for one in results],
         scratch_shapes=[pltpu.VMEM((heads, *shape), jnp.float32) for shape in sums],
     )
+    # as if every row were one example without branches: how many pairs there are is data
+    logits = (len(listed.order) + len(outer[0])) // 2 * key_heads * rows * columns
     called = pl.pallas_call(
         body,
+        name=kernel.func.__name__,
+        cost_estimate=pl.CostEstimate(
+            flops=2 * products * logits * head_dim,
+            transcendentals=logits,
+            bytes_accessed=sum(one.size * one.dtype.itemsize for one in (*outer, *inner, *results)),
+        ),
         out_shape=results,
         grid_spec=grid,
         interpret=interpret,
