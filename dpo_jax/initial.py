@@ -18,6 +18,7 @@ from dpo_jax.model import (
     blocks,
     decoder,
     frozen,
+    gpu_kernel,
     lora,
     presets,
     tpu_kernel,
@@ -268,6 +269,8 @@ def choose_attention(settings: config.Model, mesh, rows: NamedSharding | None) -
             return blocks.make_attend(rows)
         case "kernel", "tpu":
             return tpu_kernel.make_attend(rows)
+        case "kernel", "gpu" | "cuda":
+            return gpu_kernel.make_attend(rows)
     raise ValueError(
         f"model.attention is kernel, and there is none for the mesh's platform, {platform}: "
         "leave it out, or give blocks"

@@ -13,7 +13,7 @@ from dpo_jax.hlo import loops, text
 
 # custom calls without products
 FREE_CALLS = {
-    *("AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone"),
+    *("AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone", "ConcatBitcast"),
     *("AsyncCollectiveStart", "GatherScatterIndicesBitpacked", "LayoutConstraint", "MoveToDevice"),
     *("MoveToHost", "PadToStatic", "Sharding", "SliceToDynamic", "TopK", "__gpu$TopK"),
     *("annotate_device_placement", "cu_threefry2x32", "cu_threefry2x32_ffi"),

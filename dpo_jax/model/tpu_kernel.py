@@ -322,14 +322,14 @@ def attend_pair(form: Form, step: Step) -> None:
 
 def differentiate_query(form: Form, step: Step) -> None:
     """The gradient of the queries, from the keys so far."""
-    _, key, _ = step.inner
-    (gradient,), (so_far,) = step.results, step.sums
+    key = step.inner[1]
+    gradient, so_far = step.results[0], step.sums[0]
 
     @pl.when(step.first)
     def _():
         so_far[...] = jnp.zeros(so_far.shape, jnp.float32)
 
-    _, slopes = weigh(form, step.outer, step.inner)
+    slopes = weigh(form, step.outer, step.inner)[1]
     so_far[...] += blocks.multiply("kjd,kji->kdi", key[...], slopes.astype(key.dtype))
 
     @pl.when(step.last)
@@ -339,7 +339,7 @@ def differentiate_query(form: Form, step: Step) -> None:
 
 def differentiate_key(form: Form, step: Step) -> None:
     """The gradients of keys and values, from the queries so far."""
-    _, query, given, *_ = step.inner
+    query, given = step.inner[1:3]
 
     @pl.when(step.first)
     def _():
