@@ -4,21 +4,20 @@ python -m scripts.sweep experiments/dpo.py --workdir ROOT [--list | --index i | 
 """
 
 import sys
-from collections.abc import Callable
 
 from dpo_jax import sweep
 
 
 def main() -> int:
     """The process's exit code: 1 where a point failed, 2 for a wrong command line."""
-    return sweep.main(sys.argv[1:], "python -m scripts.sweep", make_train)
+    return sweep.main(sys.argv[1:], "python -m scripts.sweep", make_training)
 
 
-def make_train() -> Callable[..., None]:
-    """The function that trains a point, imported now: it imports jax."""
-    from dpo_jax import task
+def make_training() -> sweep.Training:
+    """How this process trains the points, imported now: it imports jax."""
+    from dpo_jax import sweep_process
 
-    return task.run
+    return sweep_process.make_training()
 
 
 if __name__ == "__main__":
