@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding
 
-from dpo_jax.model import attention, blocks
+from dpo_jax.model import attention, blocks, tpu_pair
 
 # tokens of a block, at least: what a vector register has lanes
 BLOCK = 128
@@ -28,30 +28,6 @@ BLOCK = 128
 LISTED = 2**16
 # float32 numbers of logits and of results that a step may have in the vector memory
 HELD = 2**18
-LOWEST = blocks.LOWEST
-
-
-class Step(NamedTuple):
-    """What a kernel reads and writes for a pair of blocks, references to vector memory."""
-
-    # whether the pair is the first, and the last, of its outer block
-    first: jax.Array
-    last: jax.Array
-    outer: tuple[Any, ...]
-    inner: tuple[Any, ...]
-    results: tuple[Any, ...]
-    # float32, and kept until the next pair
-    sums: tuple[Any, ...]
-
-
-class Form(NamedTuple):
-    """What of attention is fixed when it is compiled."""
-
-    scale: float
-    window: int | None
-    cap: float | None
-    # whether to compute as the kernels would where there is no TPU
-    interpret: bool
 
 
 class Listed(NamedTuple):
@@ -90,7 +66,7 @@ def attend(
 
     `interpret` computes as the kernels would where there is no TPU, for tests.
     """
-    run = partial(attend_rows, Form(scale, window, cap, interpret))
+    run = partial(attend_rows, tpu_pair.Form(scale, window, cap, interpret))
     return blocks.on_each_device(run, rows, query, key, value, query_ids, key_ids)
 
 
@@ -101,7 +77,7 @@ def make_attend(rows: NamedSharding | None) -> Callable[..., jax.Array]:
 
 
 def attend_rows(
-    form: Form,
+    form: tpu_pair.Form,
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
@@ -148,24 +124,24 @@ def order(needed: jax.Array) -> Listed:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend_pairs(form: Form, cut: blocks.Blocks, lists: Lists) -> jax.Array:
+def attend_pairs(form: tpu_pair.Form, cut: blocks.Blocks, lists: Lists) -> jax.Array:
     """What the queries of each block see: [N, K, R, Dh]."""
     return forward(form, cut, lists)[0]
 
 
-def keep(form: Form, cut: blocks.Blocks, lists: Lists) -> tuple[jax.Array, tuple]:
+def keep(form: tpu_pair.Form, cut: blocks.Blocks, lists: Lists) -> tuple[jax.Array, tuple]:
     """`attend_pairs`, and what its backward pass needs."""
     mixed, log_total = forward(form, cut, lists)
     return mixed, (cut, lists, mixed, log_total)
 
 
-def forward(form: Form, cut: blocks.Blocks, lists: Lists) -> tuple[jax.Array, jax.Array]:
+def forward(form: tpu_pair.Form, cut: blocks.Blocks, lists: Lists) -> tuple[jax.Array, jax.Array]:
     """What the queries see [N, K, R, Dh], and the log of their softmax's sum [N, K, 1, R]."""
     query, key, value = cut
     count, heads, rows, head_dim = query.shape
     log_total = jax.ShapeDtypeStruct((count, heads, 1, rows), jnp.float32)
     return run_pairs(
-        partial(attend_pair, form),
+        partial(tpu_pair.attend_pair, form),
         form.interpret,
         lists.by_query,
         outer=(lists.query_ids, query),
@@ -176,14 +152,14 @@ def forward(form: Form, cut: blocks.Blocks, lists: Lists) -> tuple[jax.Array, ja
     )
 
 
-def backward(form: Form, kept: tuple, cotangent: jax.Array) -> tuple[blocks.Blocks, Lists]:
+def backward(form: tpu_pair.Form, kept: tuple, cotangent: jax.Array) -> tuple[blocks.Blocks, Lists]:
     """The gradients of the blocks; both kernels compute the weights again."""
     (query, key, value), lists, mixed, log_total = kept
     product = (cotangent.astype(jnp.float32) * mixed.astype(jnp.float32)).sum(axis=-1)
     of_queries = lists.query_ids, query, cotangent, log_total, product[:, :, None]
     of_keys = lists.key_ids, key, value
     (of_query,) = run_pairs(
-        partial(differentiate_query, form),
+        partial(tpu_pair.differentiate_query, form),
         form.interpret,
         lists.by_query,
         outer=of_queries,
@@ -193,7 +169,7 @@ def backward(form: Form, kept: tuple, cotangent: jax.Array) -> tuple[blocks.Bloc
         products=3,
     )
     of_key, of_value = run_pairs(
-        partial(differentiate_key, form),
+        partial(tpu_pair.differentiate_key, form),
         form.interpret,
         lists.by_key,
         outer=of_keys,
@@ -261,7 +237,7 @@ def run_pairs(
         ends = (t == 0) | (before != own), (t == total - 1) | (after != own)
         of_step = iter(references)
         parts = (tuple(next(of_step) for _ in part) for part in (outer, inner, results, sums))
-        kernel(Step(*ends, *parts))
+        kernel(tpu_pair.Step(*ends, *parts))
 
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2,
@@ -286,109 +262,3 @@ def run_pairs(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
     )
     return called(*listed, *outer, *inner)
-
-
-def attend_pair(form: Form, step: Step) -> None:
-    """What the queries see, from the keys so far."""
-    query_ids, query = step.outer
-    key_ids, key, value = step.inner
-    mixed, log_total = step.results
-    largest, total, so_far = step.sums
-
-    @pl.when(step.first)
-    def _():
-        largest[...] = jnp.full(largest.shape, LOWEST, jnp.float32)
-        total[...] = jnp.zeros(total.shape, jnp.float32)
-        so_far[...] = jnp.zeros(so_far.shape, jnp.float32)
-
-    scores, mask = score(form, query, key, query_ids, key_ids)
-    scores = jnp.where(mask, scores, LOWEST)
-    before = largest[...]
-    new = jnp.maximum(before, scores.max(axis=1, keepdims=True))
-    weights = jnp.where(mask, jnp.exp(scores - new), 0.0)
-    shrunk = jnp.exp(before - new)
-    largest[...] = new
-    total[...] = total[...] * shrunk + weights.sum(axis=1, keepdims=True)
-    more = blocks.multiply("kjd,kji->kdi", value[...], weights.astype(value.dtype))
-    so_far[...] = so_far[...] * shrunk + more
-
-    @pl.when(step.last)
-    def _():
-        # a query that sees nothing gives 0
-        whole = jnp.where(total[...] > 0, total[...], 1.0)
-        mixed[...] = jnp.swapaxes(so_far[...] / whole, 1, 2).astype(mixed.dtype)
-        log_total[...] = jnp.where(largest[...] > LOWEST, largest[...] + jnp.log(whole), 0.0)
-
-
-def differentiate_query(form: Form, step: Step) -> None:
-    """The gradient of the queries, from the keys so far."""
-    key = step.inner[1]
-    gradient, so_far = step.results[0], step.sums[0]
-
-    @pl.when(step.first)
-    def _():
-        so_far[...] = jnp.zeros(so_far.shape, jnp.float32)
-
-    slopes = weigh(form, step.outer, step.inner)[1]
-    so_far[...] += blocks.multiply("kjd,kji->kdi", key[...], slopes.astype(key.dtype))
-
-    @pl.when(step.last)
-    def _():
-        gradient[...] = jnp.swapaxes(so_far[...], 1, 2).astype(gradient.dtype)
-
-
-def differentiate_key(form: Form, step: Step) -> None:
-    """The gradients of keys and values, from the queries so far."""
-    query, given = step.inner[1:3]
-
-    @pl.when(step.first)
-    def _():
-        for so_far in step.sums:
-            so_far[...] = jnp.zeros(so_far.shape, jnp.float32)
-
-    weights, slopes = weigh(form, step.inner, step.outer)
-    of_key, of_value = step.sums
-    of_key[...] += blocks.multiply("kji,kid->kjd", slopes.astype(query.dtype), query[...])
-    of_value[...] += blocks.multiply("kji,kid->kjd", weights.astype(given.dtype), given[...])
-
-    @pl.when(step.last)
-    def _():
-        for gradient, so_far in zip(step.results, step.sums, strict=True):
-            gradient[...] = so_far[...].astype(gradient.dtype)
-
-
-def weigh(
-    form: Form, of_queries: tuple[Any, ...], of_keys: tuple[Any, ...]
-) -> tuple[jax.Array, jax.Array]:
-    """The softmax of a pair's logits and the gradient of the products that these are of:
-    float32 [k, b, R] each.
-    """
-    query_ids, query, given, log_total, product = of_queries
-    key_ids, key, value = of_keys
-    scores, mask = score(form, query, key, query_ids, key_ids)
-    logs = jnp.where(mask, scores - log_total[...], LOWEST)
-    weights = jnp.where(mask, jnp.exp(logs), 0.0)
-    more = blocks.multiply("kjd,kid->kji", value[...], given[...])
-    slopes = form.scale * weights * (more - product[...])
-    if form.cap is not None:
-        slopes = slopes * (1 - jnp.square(scores / form.cap))
-    return weights, slopes
-
-
-def score(
-    form: Form, query: Any, key: Any, query_ids: Any, key_ids: Any
-) -> tuple[jax.Array, jax.Array]:
-    """A pair's logits, float32 [k, b, R], and whether each key is seen by each query, [1, b, R].
-
-    Keys come first, so that what is told of a query, such as its greatest logit, lies along the
-    lanes and meets every key's logits as it is.
-    """
-    scores = form.scale * blocks.multiply("kjd,kid->kji", key[...], query[...])
-    if form.cap is not None:
-        scores = form.cap * jnp.tanh(scores / form.cap)
-    mine = attention.Ids(*(query_ids[at : at + 1, :] for at in range(3)))
-    its = attention.Ids(*(key_ids[:, at : at + 1] for at in range(3)))
-    mask = attention.sees(mine, its, form.window)
-    # a mask cannot be laid out anew, numbers can
-    mask = jnp.concatenate([mask.astype(jnp.int32)] * (query.shape[1] // mask.shape[1]), axis=1)
-    return scores, (mask != 0)[None]
