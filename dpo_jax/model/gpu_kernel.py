@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
+from jax.experimental import pallas
+from jax.experimental.pallas import triton
 from jax.sharding import NamedSharding
 
 from dpo_jax.model import attention, blocks
@@ -86,7 +86,7 @@ def attend_rows(
     lists = list_pairs(query_ids, key_ids, form.window)
     # products are of sizes that are powers of 2, from 16
     head_dim = query.shape[3]
-    wide = ((0, 0), (0, 0), (0, 0), (0, max(16, pl.next_power_of_2(head_dim)) - head_dim))
+    wide = ((0, 0), (0, 0), (0, 0), (0, max(16, pallas.next_power_of_2(head_dim)) - head_dim))
     wider = partial(jnp.pad, pad_width=wide)
     cut = blocks.cut_heads(wider(query), wider(key), wider(value), BLOCK)
     mixed: Any = attend_pairs(form, cut, lists)
@@ -155,13 +155,13 @@ def call(
     """
     count, heads, rows = results[0].shape[:3]
     grid = count, heads, rows // BLOCK if by_group else 1
-    run = pl.pallas_call(
+    run = pallas.pallas_call(
         partial(kernel, form),
         name=kernel.__name__,
         out_shape=results,
         grid=grid,
         interpret=form.interpret,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
     )
     return run(*inputs)
 
@@ -180,7 +180,7 @@ def attend_block(form: Form, *references: Any) -> None:
         new = jnp.maximum(largest, jnp.where(mask, scores, LOWEST).max(axis=1))
         weights = jnp.where(mask, jnp.exp(jnp.where(mask, scores - new[:, None], LOWEST)), 0.0)
         shrunk = jnp.exp(largest - new)
-        more = plgpu.dot(weights.astype(query.dtype), cut.value[j, head, :, :])
+        more = triton.dot(weights.astype(query.dtype), cut.value[j, head, :, :])
         return new, total * shrunk + weights.sum(axis=1), summed * shrunk[:, None] + more
 
     zeros = jnp.zeros(BLOCK, jnp.float32)
@@ -200,7 +200,7 @@ def differentiate_query(form: Form, *references: Any) -> None:
     def of_pair(at: jax.Array, so_far: jax.Array) -> jax.Array:
         j = lists.keys[i, at]
         _, slopes, key, _ = weigh(form, lists, inputs, (i, head, own), j)
-        return so_far + plgpu.dot(slopes.astype(key.dtype), key)
+        return so_far + triton.dot(slopes.astype(key.dtype), key)
 
     gradient = references[12]
     start = jnp.zeros((BLOCK, gradient.shape[3]), jnp.float32)
@@ -217,10 +217,10 @@ def differentiate_key(form: Form, *references: Any) -> None:
 
     def of_pair(at: jax.Array, so_far: tuple) -> tuple:
         number, group = jax.lax.div(at, groups), jax.lax.rem(at, groups)
-        i, own = lists.queries[j, number], pl.ds(group * BLOCK, BLOCK)
+        i, own = lists.queries[j, number], pallas.ds(group * BLOCK, BLOCK)
         weights, slopes, _, (query, given) = weigh(form, lists, inputs, (i, head, own), j)
-        of_key = so_far[0] + plgpu.dot(slopes.astype(query.dtype).T, query)
-        return of_key, so_far[1] + plgpu.dot(weights.astype(given.dtype).T, given)
+        of_key = so_far[0] + triton.dot(slopes.astype(query.dtype).T, query)
+        return of_key, so_far[1] + triton.dot(weights.astype(given.dtype).T, given)
 
     zeros = jnp.zeros((BLOCK, of_key.shape[3]), jnp.float32)
     found = jax.lax.fori_loop(0, lists.query_counts[j] * groups, of_pair, (zeros, zeros))
@@ -230,7 +230,11 @@ def differentiate_key(form: Form, *references: Any) -> None:
 
 def place() -> tuple[jax.Array, jax.Array, Any]:
     """A program's block, head of keys, and queries among those of that head."""
-    return pl.program_id(0), pl.program_id(1), pl.ds(pl.program_id(2) * BLOCK, BLOCK)
+    return (
+        pallas.program_id(0),
+        pallas.program_id(1),
+        pallas.ds(pallas.program_id(2) * BLOCK, BLOCK),
+    )
 
 
 def weigh(form: Form, lists: Lists, inputs: tuple, own: tuple, j: jax.Array) -> tuple:
@@ -243,7 +247,7 @@ def weigh(form: Form, lists: Lists, inputs: tuple, own: tuple, j: jax.Array) -> 
     scores, mask = score(form, lists, i, j, query, key)
     logs = jnp.where(mask, scores - log_total[own][:, None], LOWEST)
     weights = jnp.where(mask, jnp.exp(logs), 0.0)
-    more = plgpu.dot(given, values[j, head, :, :].T)
+    more = triton.dot(given, values[j, head, :, :].T)
     slopes = form.scale * weights * (more - product[own][:, None])
     if form.cap is not None:
         slopes = slopes * (1 - jnp.square(scores / form.cap))
@@ -254,7 +258,7 @@ def score(
     form: Form, lists: Lists, i: jax.Array, j: jax.Array, query: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """A pair's logits, float32 [b, b], and whether each query sees each key."""
-    scores = form.scale * plgpu.dot(query, key.T)
+    scores = form.scale * triton.dot(query, key.T)
     if form.cap is not None:
         scores = form.cap * jnp.tanh(scores / form.cap)
     mine = attention.Ids(*(lists.query_ids[i, at, :][:, None] for at in range(3)))

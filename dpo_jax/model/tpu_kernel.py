@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
+from jax.experimental import pallas
+from jax.experimental.pallas import tpu
 from jax.sharding import NamedSharding
 
 from dpo_jax.model import attention, blocks, tpu_pair
@@ -223,13 +223,13 @@ def run_pairs(
         row = jax.lax.div(order[t], outer_count * inner_count)
         return row * inner_count + jax.lax.rem(order[t], inner_count), h
 
-    def lie(at: Callable[..., tuple], array: Any) -> pl.BlockSpec:
+    def lie(at: Callable[..., tuple], array: Any) -> pallas.BlockSpec:
         if array.ndim == 3:
-            return pl.BlockSpec((None, *array.shape[1:]), lambda *step: (at(*step)[0], 0, 0))
-        return pl.BlockSpec((None, heads, *array.shape[2:]), lambda *step: (*at(*step), 0, 0))
+            return pallas.BlockSpec((None, *array.shape[1:]), lambda *step: (at(*step)[0], 0, 0))
+        return pallas.BlockSpec((None, heads, *array.shape[2:]), lambda *step: (*at(*step), 0, 0))
 
     def body(count, order, *references) -> None:
-        t, total = pl.program_id(1), count[0]
+        t, total = pallas.program_id(1), count[0]
         own, before, after = (
             jax.lax.div(order[at], inner_count)
             for at in (t, jnp.maximum(t - 1, 0), jnp.minimum(t + 1, total - 1))
@@ -239,19 +239,19 @@ def run_pairs(
         parts = (tuple(next(of_step) for _ in part) for part in (outer, inner, results, sums))
         kernel(tpu_pair.Step(*ends, *parts))
 
-    grid = pltpu.PrefetchScalarGridSpec(
+    grid = tpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2,
         grid=(key_heads // heads, listed.count[0]),
         in_specs=[*(lie(of_outer, one) for one in outer), *(lie(of_inner, one) for one in inner)],
         out_specs=[lie(of_outer, one) for one in results],
-        scratch_shapes=[pltpu.VMEM((heads, *shape), jnp.float32) for shape in sums],
+        scratch_shapes=[tpu.VMEM((heads, *shape), jnp.float32) for shape in sums],
     )
     # as if every row were one example without branches: how many pairs there are is data
     logits = (len(listed.order) + len(outer[0])) // 2 * key_heads * rows * columns
-    called = pl.pallas_call(
+    called = pallas.pallas_call(
         body,
         name=kernel.func.__name__,
-        cost_estimate=pl.CostEstimate(
+        cost_estimate=pallas.CostEstimate(
             flops=2 * products * logits * head_dim,
             transcendentals=logits,
             bytes_accessed=sum(one.size * one.dtype.itemsize for one in (*outer, *inner, *results)),
@@ -259,6 +259,6 @@ def run_pairs(
         out_shape=results,
         grid_spec=grid,
         interpret=interpret,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=tpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
     )
     return called(*listed, *outer, *inner)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
+from jax.experimental import pallas
 
 from dpo_jax.model import attention, blocks
 
@@ -45,7 +45,7 @@ def attend_pair(form: Form, step: Step) -> None:
     mixed, log_total = step.results
     largest, total, so_far = step.sums
 
-    @pl.when(step.first)
+    @pallas.when(step.first)
     def _():
         largest[...] = jnp.full(largest.shape, LOWEST, jnp.float32)
         total[...] = jnp.zeros(total.shape, jnp.float32)
@@ -62,7 +62,7 @@ def attend_pair(form: Form, step: Step) -> None:
     more = blocks.multiply("kjd,kji->kdi", value[...], weights.astype(value.dtype))
     so_far[...] = so_far[...] * shrunk + more
 
-    @pl.when(step.last)
+    @pallas.when(step.last)
     def _():
         # a query that sees nothing gives 0
         whole = jnp.where(total[...] > 0, total[...], 1.0)
@@ -75,14 +75,14 @@ def differentiate_query(form: Form, step: Step) -> None:
     key = step.inner[1]
     gradient, so_far = step.results[0], step.sums[0]
 
-    @pl.when(step.first)
+    @pallas.when(step.first)
     def _():
         so_far[...] = jnp.zeros(so_far.shape, jnp.float32)
 
     slopes = weigh(form, step.outer, step.inner)[1]
     so_far[...] += blocks.multiply("kjd,kji->kdi", key[...], slopes.astype(key.dtype))
 
-    @pl.when(step.last)
+    @pallas.when(step.last)
     def _():
         gradient[...] = jnp.swapaxes(so_far[...], 1, 2).astype(gradient.dtype)
 
@@ -91,7 +91,7 @@ def differentiate_key(form: Form, step: Step) -> None:
     """The gradients of keys and values, from the queries so far."""
     query, given = step.inner[1:3]
 
-    @pl.when(step.first)
+    @pallas.when(step.first)
     def _():
         for so_far in step.sums:
             so_far[...] = jnp.zeros(so_far.shape, jnp.float32)
@@ -101,7 +101,7 @@ def differentiate_key(form: Form, step: Step) -> None:
     of_key[...] += blocks.multiply("kji,kid->kjd", slopes.astype(query.dtype), query[...])
     of_value[...] += blocks.multiply("kji,kid->kjd", weights.astype(given.dtype), given[...])
 
-    @pl.when(step.last)
+    @pallas.when(step.last)
     def _():
         for gradient, so_far in zip(step.results, step.sums, strict=True):
             gradient[...] = so_far[...].astype(gradient.dtype)
