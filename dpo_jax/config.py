@@ -85,8 +85,9 @@ class Model:
     # what the backward pass computes again: none, the dots' inputs only, or each whole layer
     remat: Literal["none", "dots", "full"] = "none"
     # how attention is computed: plain, all pairs of a row's tokens at once, or blocks, which leaves
-    # out pairs of blocks that do not see each other; None: blocks on CPU, plain on TPU and GPU
-    attention: Literal["plain", "blocks"] | None = None
+    # out pairs of blocks that do not see each other, or kernel, which does so in Pallas kernels of
+    # the platform, TPU or GPU; None: blocks on CPU, kernel on TPU, plain on GPU
+    attention: Literal["plain", "blocks", "kernel"] | None = None
     # how matrices that are not trained are held (an adapter's base, a reference's); None: in the
     # compute type, which changes nothing; int8: with a scale an output, for an adapter's base
     frozen: Literal["float32", "bfloat16", "int8"] | None = None

@@ -3,14 +3,26 @@ adapter that is trained in its stead.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from dpo_jax import checkpoint, config, origins, paths, reference, sharding
-from dpo_jax.model import attention, blocks, decoder, frozen, lora, presets, weights
+from dpo_jax.model import (
+    attention,
+    blocks,
+    decoder,
+    frozen,
+    gpu_kernel,
+    lora,
+    presets,
+    tpu_kernel,
+    weights,
+)
 from dpo_jax.model import config as model_config
 
 
@@ -236,16 +248,29 @@ def make_decoder(
 ) -> decoder.Decoder:
     """The decoder of a shape as the run computes with it, on the mesh."""
     placement = sharding.placement(mesh)
-    # of the mesh, which may be one that is compiled for and not here
-    by_default = "blocks" if mesh.devices.flat[0].platform == "cpu" else "plain"
-    attend = attention.attend
-    if (settings.attention or by_default) == "blocks":
-        rows = None if placement is None else placement.rows
-        attend = blocks.make_attend(rows)
     return decoder.Decoder(
         shape,
         dtype=jnp.dtype(compute_type(settings)),
         remat=settings.remat,
         placement=placement,
-        attend=attend,
+        attend=choose_attention(settings, mesh, None if placement is None else placement.rows),
+    )
+
+
+def choose_attention(settings: config.Model, mesh, rows: NamedSharding | None) -> Callable:
+    """How the run attends on the mesh, which may be one that is compiled for and not here."""
+    platform = mesh.devices.flat[0].platform
+    by_default = {"cpu": "blocks", "tpu": "kernel"}.get(platform, "plain")
+    match settings.attention or by_default, platform:
+        case "plain", _:
+            return attention.attend
+        case "blocks", _:
+            return blocks.make_attend(rows)
+        case "kernel", "tpu":
+            return tpu_kernel.make_attend(rows)
+        case "kernel", "gpu" | "cuda":
+            return gpu_kernel.make_attend(rows)
+    raise ValueError(
+        f"model.attention is kernel, and there is none for the mesh's platform, {platform}: "
+        "leave it out, or give blocks"
     )

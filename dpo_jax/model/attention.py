@@ -31,6 +31,11 @@ def visible(query_ids: Ids, key_ids: Ids, window: int | None) -> jax.Array:
     """
     query = Ids(*(array[:, :, None] for array in query_ids))
     key = Ids(*(array[:, None, :] for array in key_ids))
+    return sees(query, key, window)
+
+
+def sees(query: Ids, key: Ids, window: int | None) -> jax.Array:
+    """`visible` of ids that are broadcast against each other."""
     distance = query.position - key.position
     mask = (query.example == key.example) & (key.example != 0)
     mask &= (key.branch == 0) | (key.branch == query.branch)

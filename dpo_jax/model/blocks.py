@@ -68,6 +68,21 @@ def attend(
     multiple of the shards; else the compiler shares the work out as it likes.
     """
     run = functools.partial(attend_rows, Form(scale, window, cap))
+    return on_each_device(run, rows, query, key, value, query_ids, key_ids)
+
+
+def on_each_device(
+    run: Callable[..., jax.Array],
+    rows: NamedSharding | None,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    query_ids: attention.Ids,
+    key_ids: attention.Ids,
+) -> jax.Array:
+    """What `run` makes of the rows and heads of each device; of everything at once where B is no
+    multiple of the shards, or `rows` is None.
+    """
     inputs = query, key, value, query_ids, key_ids
     if rows is None or not shards.divides(query.shape[:1], rows):
         return run(*inputs)
@@ -99,21 +114,30 @@ def attend_rows(
     key_ids: attention.Ids,
 ) -> jax.Array:
     """Attention of rows on one device: [B, Lq, H, Dh]."""
-    batch, length, heads, head_dim = query.shape
-    key_heads, groups = key.shape[2], query.shape[2] // key.shape[2]
     pairs = list_pairs_of_rows(query_ids, key_ids, form.window)
     size = pairs.query_ids.example.shape[1]
+    mixed: Any = attend_pairs(form, cut_heads(query, key, value, size), pairs)
+    return join_heads(mixed, query.shape, size)
+
+
+def cut_heads(query: jax.Array, key: jax.Array, value: jax.Array, size: int) -> Blocks:
+    """Queries [B, Lq, H, Dh], keys and values [B, Lk, K, Dh] in blocks of `size` tokens."""
+    batch, length, heads, head_dim = query.shape
+    key_heads, groups = key.shape[2], heads // key.shape[2]
     cut = functools.partial(cut_rows, size=size)
     grouped = cut(query.reshape(batch, length, key_heads, groups, head_dim))
-    blocks = Blocks(
+    return Blocks(
         grouped.transpose(0, 2, 3, 1, 4).reshape(-1, key_heads, groups * size, head_dim),
         cut(key).transpose(0, 2, 1, 3),
         cut(value).transpose(0, 2, 1, 3),
     )
-    mixed: Any = attend_pairs(form, blocks, pairs)
-    mixed = mixed.reshape(-1, key_heads, groups, size, head_dim)
-    mixed = mixed.transpose(0, 3, 1, 2, 4).reshape(batch, -1, heads, head_dim)
-    return mixed[:, :length]
+
+
+def join_heads(mixed: jax.Array, shape: tuple[int, ...], size: int) -> jax.Array:
+    """What queries of this shape see, [N, K, G b, Dh], in rows again: [B, Lq, H, Dh]."""
+    batch, length, heads, head_dim = shape
+    mixed = mixed.reshape(len(mixed), mixed.shape[1], -1, size, head_dim)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, -1, heads, head_dim)[:, :length]
 
 
 def cut_rows(array: jax.Array, size: int) -> jax.Array:

@@ -1,0 +1,266 @@
+"""Attention in blocks of tokens as Pallas kernels for GPUs.
+
+What `blocks.attend` computes, and the same pairs of blocks: each program of a kernel goes over the
+blocks that are listed for its own, so that its time follows the list's length, which is data.
+
+Dimensions: B rows, L tokens, H query heads, K key and value heads, G = H / K, Dh dimensions a head,
+a power of 2, b tokens of a block, n blocks of a row, N = B * n.
+"""
+
+import functools
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas
+from jax.experimental.pallas import triton
+from jax.sharding import NamedSharding
+
+from dpo_jax.model import attention, blocks
+
+# tokens of a block
+BLOCK = 64
+LOWEST = blocks.LOWEST
+
+
+class Form(NamedTuple):
+    """What of attention is fixed when it is compiled."""
+
+    scale: float
+    window: int | None
+    cap: float | None
+    # whether to compute as the kernels would where there is no GPU
+    interpret: bool
+
+
+class Lists(NamedTuple):
+    """Which blocks of keys each block of queries needs, and the other way round."""
+
+    key_counts: jax.Array  # int32 [N]: how many
+    keys: jax.Array  # int32 [N, n]: their numbers, then any others
+    query_counts: jax.Array
+    queries: jax.Array
+    query_ids: jax.Array  # int32 [N, 3, b]: example, branch and position
+    key_ids: jax.Array
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    query_ids: attention.Ids,
+    key_ids: attention.Ids,
+    *,
+    scale: float,
+    window: int | None = None,
+    cap: float | None = None,
+    rows: NamedSharding | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """What `blocks.attend` returns, [B, Lq, H, Dh].
+
+    `interpret` computes as the kernels would where there is no GPU, for tests.
+    """
+    run = partial(attend_rows, Form(scale, window, cap, interpret))
+    return blocks.on_each_device(run, rows, query, key, value, query_ids, key_ids)
+
+
+@functools.cache
+def make_attend(rows: NamedSharding | None) -> Callable[..., jax.Array]:
+    """`attend` for rows that lie there; the same function each time, so that decoders compare."""
+    return partial(attend, rows=rows)
+
+
+def attend_rows(
+    form: Form,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    query_ids: attention.Ids,
+    key_ids: attention.Ids,
+) -> jax.Array:
+    """Attention of rows on one device: [B, Lq, H, Dh]."""
+    lists = list_pairs(query_ids, key_ids, form.window)
+    # products are of sizes that are powers of 2, from 16
+    head_dim = query.shape[3]
+    wide = ((0, 0), (0, 0), (0, 0), (0, max(16, pallas.next_power_of_2(head_dim)) - head_dim))
+    wider = partial(jnp.pad, pad_width=wide)
+    cut = blocks.cut_heads(wider(query), wider(key), wider(value), BLOCK)
+    mixed: Any = attend_pairs(form, cut, lists)
+    shape = (*query.shape[:3], mixed.shape[-1])
+    return blocks.join_heads(mixed, shape, BLOCK)[..., :head_dim]
+
+
+def list_pairs(query_ids: attention.Ids, key_ids: attention.Ids, window: int | None) -> Lists:
+    """The pairs of blocks that must be computed, of ids [B, Lq] and [B, Lk]."""
+    queries, keys = (
+        attention.Ids(*(blocks.cut_rows(jnp.asarray(array), BLOCK) for array in ids))
+        for ids in (query_ids, key_ids)
+    )
+    needed = blocks.find_needed(queries, keys, len(query_ids.example), window)
+    stacked = (jnp.stack(ids, axis=1) for ids in (queries, keys))
+    return Lists(*order(needed), *order(needed.transpose(0, 2, 1)), *stacked)
+
+
+def order(needed: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How many inner blocks each outer one needs, of [B, outer, inner], and which, then others."""
+    batch, _, inner = needed.shape
+    first = jnp.arange(batch, dtype=jnp.int32)[:, None, None] * inner
+    numbers = jnp.argsort(1 - needed, axis=-1, stable=True).astype(jnp.int32) + first
+    return needed.sum(axis=-1, dtype=jnp.int32).reshape(-1), numbers.reshape(-1, inner)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend_pairs(form: Form, cut: blocks.Blocks, lists: Lists) -> jax.Array:
+    """What the queries of each block see: [N, K, G b, Dh]."""
+    return forward(form, cut, lists)[0]
+
+
+def keep(form: Form, cut: blocks.Blocks, lists: Lists) -> tuple[jax.Array, tuple]:
+    """`attend_pairs`, and what its backward pass needs."""
+    mixed, log_total = forward(form, cut, lists)
+    return mixed, (cut, lists, mixed, log_total)
+
+
+def forward(form: Form, cut: blocks.Blocks, lists: Lists) -> tuple[jax.Array, jax.Array]:
+    """What the queries see [N, K, G b, Dh], and the log of their softmax's sum [N, K, G b]."""
+    log_total = jax.ShapeDtypeStruct(cut.query.shape[:3], jnp.float32)
+    results = jax.ShapeDtypeStruct(cut.query.shape, cut.query.dtype), log_total
+    return call(attend_block, form, True, (*lists, *cut), results)
+
+
+def backward(form: Form, kept: tuple, cotangent: jax.Array) -> tuple[blocks.Blocks, Lists]:
+    """The gradients of the blocks; both kernels compute the weights again."""
+    cut, lists, mixed, log_total = kept
+    product = (cotangent.astype(jnp.float32) * mixed.astype(jnp.float32)).sum(axis=-1)
+    inputs = (*lists, *cut, cotangent, log_total, product)
+    shapes = tuple(jax.ShapeDtypeStruct(one.shape, one.dtype) for one in cut)
+    (of_query,) = call(differentiate_query, form, True, inputs, shapes[:1])
+    of_key, of_value = call(differentiate_key, form, False, inputs, shapes[1:])
+    nothing = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), lists)
+    return blocks.Blocks(of_query, of_key, of_value), nothing
+
+
+attend_pairs.defvjp(keep, backward)
+
+
+def call(
+    kernel: Callable[..., None], form: Form, by_group: bool, inputs: tuple, results: tuple
+) -> Any:
+    """What a kernel writes, with a program for each block and head of keys, and of queries where it
+    goes by them. Arrays are given whole: a program reads what it needs.
+    """
+    count, heads, rows = results[0].shape[:3]
+    grid = count, heads, rows // BLOCK if by_group else 1
+    run = pallas.pallas_call(
+        partial(kernel, form),
+        name=kernel.__name__,
+        out_shape=results,
+        grid=grid,
+        interpret=form.interpret,
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+    )
+    return run(*inputs)
+
+
+def attend_block(form: Form, *references: Any) -> None:
+    """What the queries of a block and head see."""
+    lists, cut = Lists(*references[:6]), blocks.Blocks(*references[6:9])
+    mixed, log_total = references[9:]
+    i, head, own = place()
+    query = cut.query[i, head, own, :]
+
+    def of_pair(at: jax.Array, so_far: tuple) -> tuple:
+        largest, total, summed = so_far
+        j = lists.keys[i, at]
+        scores, mask = score(form, lists, i, j, query, cut.key[j, head, :, :])
+        new = jnp.maximum(largest, jnp.where(mask, scores, LOWEST).max(axis=1))
+        weights = jnp.where(mask, jnp.exp(jnp.where(mask, scores - new[:, None], LOWEST)), 0.0)
+        shrunk = jnp.exp(largest - new)
+        more = triton.dot(weights.astype(query.dtype), cut.value[j, head, :, :])
+        return new, total * shrunk + weights.sum(axis=1), summed * shrunk[:, None] + more
+
+    zeros = jnp.zeros(BLOCK, jnp.float32)
+    start = zeros + LOWEST, zeros, jnp.zeros(query.shape, jnp.float32)
+    largest, total, summed = jax.lax.fori_loop(0, lists.key_counts[i], of_pair, start)
+    # a query that sees nothing gives 0
+    total = jnp.where(total > 0, total, 1.0)
+    mixed[i, head, own, :] = (summed / total[:, None]).astype(mixed.dtype)
+    log_total[i, head, own] = jnp.where(largest > LOWEST, largest + jnp.log(total), 0.0)
+
+
+def differentiate_query(form: Form, *references: Any) -> None:
+    """The gradient of the queries of a block and head."""
+    lists, inputs = Lists(*references[:6]), references[6:12]
+    i, head, own = place()
+
+    def of_pair(at: jax.Array, so_far: jax.Array) -> jax.Array:
+        j = lists.keys[i, at]
+        _, slopes, key, _ = weigh(form, lists, inputs, (i, head, own), j)
+        return so_far + triton.dot(slopes.astype(key.dtype), key)
+
+    gradient = references[12]
+    start = jnp.zeros((BLOCK, gradient.shape[3]), jnp.float32)
+    found = jax.lax.fori_loop(0, lists.key_counts[i], of_pair, start)
+    gradient[i, head, own, :] = found.astype(gradient.dtype)
+
+
+def differentiate_key(form: Form, *references: Any) -> None:
+    """The gradients of keys and values of a block and head."""
+    lists, inputs = Lists(*references[:6]), references[6:12]
+    of_key, of_value = references[12:]
+    j, head, _ = place()
+    groups = jnp.int32(inputs[0].shape[2] // BLOCK)
+
+    def of_pair(at: jax.Array, so_far: tuple) -> tuple:
+        number, group = jax.lax.div(at, groups), jax.lax.rem(at, groups)
+        i, own = lists.queries[j, number], pallas.ds(group * BLOCK, BLOCK)
+        weights, slopes, _, (query, given) = weigh(form, lists, inputs, (i, head, own), j)
+        of_key = so_far[0] + triton.dot(slopes.astype(query.dtype).T, query)
+        return of_key, so_far[1] + triton.dot(weights.astype(given.dtype).T, given)
+
+    zeros = jnp.zeros((BLOCK, of_key.shape[3]), jnp.float32)
+    found = jax.lax.fori_loop(0, lists.query_counts[j] * groups, of_pair, (zeros, zeros))
+    of_key[j, head, :, :] = found[0].astype(of_key.dtype)
+    of_value[j, head, :, :] = found[1].astype(of_value.dtype)
+
+
+def place() -> tuple[jax.Array, jax.Array, Any]:
+    """A program's block, head of keys, and queries among those of that head."""
+    return (
+        pallas.program_id(0),
+        pallas.program_id(1),
+        pallas.ds(pallas.program_id(2) * BLOCK, BLOCK),
+    )
+
+
+def weigh(form: Form, lists: Lists, inputs: tuple, own: tuple, j: jax.Array) -> tuple:
+    """The softmax of a pair's logits and the gradient of the products that these are of, float32
+    [b, b] each; keys; queries and the cotangent.
+    """
+    queries, keys, values, cotangent, log_total, product = inputs
+    i, head, _ = own
+    query, key, given = queries[*own, :], keys[j, head, :, :], cotangent[*own, :]
+    scores, mask = score(form, lists, i, j, query, key)
+    logs = jnp.where(mask, scores - log_total[own][:, None], LOWEST)
+    weights = jnp.where(mask, jnp.exp(logs), 0.0)
+    more = triton.dot(given, values[j, head, :, :].T)
+    slopes = form.scale * weights * (more - product[own][:, None])
+    if form.cap is not None:
+        slopes = slopes * (1 - jnp.square(scores / form.cap))
+    return weights, slopes, key, (query, given)
+
+
+def score(
+    form: Form, lists: Lists, i: jax.Array, j: jax.Array, query: jax.Array, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A pair's logits, float32 [b, b], and whether each query sees each key."""
+    scores = form.scale * triton.dot(query, key.T)
+    if form.cap is not None:
+        scores = form.cap * jnp.tanh(scores / form.cap)
+    mine = attention.Ids(*(lists.query_ids[i, at, :][:, None] for at in range(3)))
+    its = attention.Ids(*(lists.key_ids[j, at, :][None, :] for at in range(3)))
+    return scores, attention.sees(mine, its, form.window)

@@ -1,0 +1,64 @@
+"""Kernels for GPUs against attention at once, in value and gradient, and lowered for CUDA."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.model import attention, gpu_kernel
+from dpo_jax.model.attention import Ids
+from tests import test_blocks, test_tpu_kernel
+
+interpreted = functools.partial(gpu_kernel.attend, interpret=True)
+
+
+@pytest.fixture
+def ids(monkeypatch) -> Ids:
+    """A row of 90 tokens, no multiple of a block's 32, whose last block is padding."""
+    monkeypatch.setattr(gpu_kernel, "BLOCK", 32)
+    row = test_tpu_kernel.pack((3, 4, 5), (20, 11, 19))
+    return Ids(*(np.pad(array, ((0, 0), (0, 90 - array.shape[1]))) for array in row))
+
+
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "choices"),
+    [(4, 2, {}), (2, 2, {"window": 7, "cap": 0.7})],
+    ids=["two heads to a key", "window and cap"],
+)
+def test_kernels_give_what_all_pairs_at_once_give(ids, heads, key_heads, choices):
+    arrays = test_blocks.draw(ids, heads, key_heads)
+    with jax.debug_nans(True):
+        found = test_blocks.both(interpreted, arrays, ids, **choices)
+    test_blocks.assert_close(found, test_blocks.both(attention.attend, arrays, ids, **choices))
+    for array in found:
+        np.testing.assert_array_equal(array[ids.example == 0], 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_are_lowered_for_cuda(dtype):
+    def loss(query, key, value, ids):
+        mixed = gpu_kernel.attend(query, key, value, ids, ids, scale=0.1, window=40, cap=3.0)
+        return jnp.sum(mixed.astype(jnp.float32))
+
+    query, key = (jax.ShapeDtypeStruct((2, 200, count, 80), dtype) for count in (4, 2))
+    integers: Any = jax.ShapeDtypeStruct((2, 200), jnp.int32)
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(query, key, key, Ids(*[integers] * 3))
+    text = str(traced.lower(lowering_platforms=("cuda",)).as_text())
+    assert text.count("@__gpu$xla.gpu.triton(") == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 5e-3), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("choices", [{}, {"window": 40, "cap": 2.0}], ids=["plain", "window, cap"])
+def test_a_gpu_gives_what_all_pairs_at_once_give(dtype, tolerance, choices):
+    """Products in TF32 are good to three digits."""
+    ids = test_tpu_kernel.pack((100, 60, 90), (20, 11, 19), (300, 200, 150))
+    arrays = tuple(array.astype(dtype) for array in test_blocks.draw(ids))
+    exact = tuple(array.astype(jnp.float32) for array in arrays)
+    with jax.default_matmul_precision("highest"):
+        expected = test_blocks.both(attention.attend, exact, ids, **choices)
+    found = test_blocks.both(gpu_kernel.attend, arrays, ids, **choices)
+    test_blocks.assert_close(found, expected, tolerance)
