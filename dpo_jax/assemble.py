@@ -8,16 +8,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dpo_jax import (
     config,
     contract,
     evaluate,
+    functions,
     initial,
     inputs,
     logps,
     optimizer,
+    processes,
     reference,
     sharding,
     train_step,
@@ -67,6 +70,7 @@ def assemble(
     computed yet.
     """
     found = inputs.load(experiment, mesh)
+    processes.check_same(described(experiment, found))
     print(f"training: {tokenise.describe(found.train.report)}")
     if found.held_out is not None:
         print(f"held out: {tokenise.describe(found.held_out.report)}")
@@ -86,6 +90,7 @@ def assemble(
     print(describe(experiment, found, held))
     state, shardings = make_state(params, tx, contract.needs(experiment.loss.function), mesh)
     pair_scoring = scoring._replace(loss=contract.with_state(evaluate.pair_rewards))
+    everywhere = sharding.replicated(mesh)
     step = train_step.make_train_step(scoring, tx, schedule, accumulation(experiment))
     run = Run(
         identities=identities,
@@ -96,9 +101,13 @@ def assemble(
         train=train,
         held_out=held_out,
         held_out_pairs=held_out_pairs,
-        step=jax.jit(step, out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0),
-        evaluate_loss=jax.jit(functools.partial(train_step.evaluate, scoring)),
-        evaluate_pairs=jax.jit(functools.partial(train_step.evaluate, pair_scoring)),
+        step=jax.jit(step, out_shardings=(shardings, everywhere), donate_argnums=0),
+        evaluate_loss=jax.jit(
+            functools.partial(train_step.evaluate, scoring), out_shardings=everywhere
+        ),
+        evaluate_pairs=jax.jit(
+            functools.partial(train_step.evaluate, pair_scoring), out_shardings=everywhere
+        ),
         sampler=sampler,
         held=held,
         follow=make_follow(experiment.reference, shardings.params),
@@ -109,6 +118,25 @@ def assemble(
         },
     )
     return run, state
+
+
+def described(experiment: config.Experiment, found: inputs.Inputs) -> dict[str, str]:
+    """What all processes of a run must have alike, by name, before they compute anything together
+    that depends on it.
+    """
+    held_out = "" if found.held_out is None else found.held_out.fingerprint
+    settings = {
+        name: functions.described(value) if callable(value) else value
+        for name, value in [
+            *config.flatten(experiment).items(),
+            ("loss", experiment.loss.function),
+        ]
+    }
+    return {
+        "settings": repr(settings),
+        "training rows": found.train.fingerprint,
+        "held-out rows": held_out,
+    }
 
 
 def identify(found: inputs.Inputs, anchor_hash: str | None) -> dict[str, str]:
@@ -133,7 +161,7 @@ def compared(run: Run):
         return None
     if run.compared is None:
         return joined(run.initial, run.held.reference)
-    return joined(run.initial, sharding.place(run.compared, run.mesh))
+    return joined(run.initial, jax.tree.map(sharding.from_host, run.compared))
 
 
 def hold_reference(experiment: config.Experiment, found: inputs.Inputs, anchor):
@@ -301,7 +329,7 @@ def hold_compared(experiment: config.Experiment, params, anchor) -> Any:
         return None
     if anchor is None and experiment.model.source in presets.PRESETS:
         return None
-    return jax.device_get(params if anchor is None else anchor)
+    return jax.tree.map(sharding.to_host, params if anchor is None else anchor)
 
 
 def accumulation(experiment: config.Experiment) -> Callable:
@@ -322,7 +350,7 @@ def make_state(
     moments = sharding.like_parameters(abstract, params, placed, mesh)
     opt_state = jax.jit(tx.init, out_shardings=moments)(params)
     everywhere: Any = sharding.replicated(mesh)
-    step, loss_state = jax.device_put((jnp.int32(0), declared.state()), everywhere)
+    step, loss_state = sharding.replicate((np.int32(0), declared.state()), mesh)
     shardings = train_step.TrainState(everywhere, placed, moments, everywhere)
     return train_step.TrainState(step, params, opt_state, loss_state), shardings
 
@@ -341,5 +369,8 @@ def make_sampler(
         experiment.samples,
         mesh,
         experiment.batch_size,
-        jax.jit(functools.partial(logps.score, found.initial.model)),
+        jax.jit(
+            functools.partial(logps.score, found.initial.model),
+            out_shardings=sharding.replicated(mesh),
+        ),
     )
