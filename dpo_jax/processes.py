@@ -18,9 +18,12 @@ from typing import Any
 
 import filelock
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from dpo_jax import addresses
 
@@ -31,8 +34,8 @@ FAREWELL = 20
 # seconds that a process waits for what another one makes: nothing but its death ends that before
 PATIENCE = 7 * 24 * 3600
 TPU_DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*")
-# waits and steps are numbered through the whole life of a process, all points of a sweep
-_waits, _steps = itertools.count(), itertools.count(1)
+# waits are numbered through the whole life of a process, all points of a sweep
+_waits = itertools.count()
 
 
 def start(address: addresses.Address) -> None:
@@ -48,6 +51,8 @@ def start(address: addresses.Address) -> None:
 
 def join(address: addresses.Address) -> None:
     """Joins the processes of this address, or those that SLURM or a TPU's metadata tell of."""
+    # JAX would catch SIGTERM itself, and stop at a step number that a resumed run never has
+    jax.config.update("jax_enable_preemption_service", False)
     initialize = functools.partial(
         jax.distributed.initialize,
         heartbeat_timeout_seconds=HEARTBEAT,
@@ -132,15 +137,31 @@ def make_once(folder: Path, last: str, make: Callable[[], Any]) -> None:
         )
 
 
-def stops(is_asked: bool) -> bool:
-    """Whether the run stops at this step, which all processes must ask after each step.
+def make_agreement(mesh: Mesh) -> Callable[[bool, jax.Array], bool]:
+    """A function that all processes call after each step with whether they are asked to stop, and
+    with an array that the step computes; it says to all of them alike whether they stop.
 
-    A process that is alone stops where it `is_asked` to. Of several, each may have got SIGTERM, and
-    JAX's own handler finds the next step that none of them has begun.
+    One process stops at once. Of several, each hears with a step what all were asked after the step
+    before: that answer is there by then, so that nobody waits for the devices.
     """
     if jax.process_count() == 1:
-        return is_asked
-    return multihost_utils.reached_preemption_sync_point(next(_steps))
+        return lambda is_asked, computed: is_asked
+    each = NamedSharding(mesh, P(mesh.axis_names))
+    combine = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, P()))
+    # XLA's CPU devices run programs side by side, and their collectives must not meet
+    waits = mesh.devices.flat[0].platform == "cpu"
+    answers: list[jax.Array] = []
+
+    def agree(is_asked: bool, computed: jax.Array) -> bool:
+        own = np.array([is_asked])
+        if waits:
+            jax.block_until_ready(computed)
+        answers.append(combine(jax.make_array_from_callback((mesh.size,), each, lambda index: own)))
+        if waits:
+            jax.block_until_ready(answers)
+        return len(answers) > 1 and bool(answers.pop(0))
+
+    return agree
 
 
 @contextlib.contextmanager

@@ -165,7 +165,7 @@ class Ends(NamedTuple):
 
     checkpointer: Any
     writer: metrics.Writer | metrics.Unwritten
-    # set by SIGTERM where one process is the run
+    # set by SIGTERM
     stop: threading.Event
     # the profiler, while it runs
     trace: contextlib.ExitStack
@@ -179,6 +179,7 @@ def loop(run: assemble.Run, folder: str, state: train_step.TrainState, ends: End
         check_metric(experiment, found)
         ends.writer.write(0, found)
     pending, clock = None, time.perf_counter()
+    agree = processes.make_agreement(run.mesh)
     with contextlib.closing(batches(run, first)) as made:
         for step, batch, facts in made:
             profile(experiment.profile, folder, step, state, ends.trace)
@@ -193,7 +194,7 @@ def loop(run: assemble.Run, folder: str, state: train_step.TrainState, ends: End
             if run.follow is not None and divides(experiment.reference.update_every, done):
                 followed = run.follow(run.held.reference, state.params)
                 run = run._replace(held=run.held._replace(reference=followed))
-            stops = processes.stops(ends.stop.is_set())
+            stops = agree(ends.stop.is_set(), state.step)
             if stops or done == experiment.steps or due(experiment, done):
                 pause(run, folder, state, fetch(pending, clock), ends, stops=stops)
                 pending, clock = None, time.perf_counter()
@@ -356,11 +357,10 @@ def check_identity(run: assemble.Run, deviation: float) -> None:
 def catching_sigterm() -> Iterator[threading.Event]:
     """An event that SIGTERM sets, which a preempted machine gets, until the run ends.
 
-    Only the main thread can catch signals; elsewhere the event stays unset. So it does with several
-    processes, where JAX catches the signal (`processes.stops`).
+    Only the main thread can catch signals; elsewhere the event stays unset.
     """
     stop = threading.Event()
-    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield stop
         return
     before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
