@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import filelock
 import jax
@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from dpo_jax import addresses
 
+T = TypeVar("T")
 # seconds without a sign of life after which a process is taken for dead, and all end
 HEARTBEAT = 30
 # seconds that a process which ends waits for the others to end too
@@ -88,6 +89,18 @@ def wait(what: str, seconds: int = PATIENCE) -> None:
     if jax.process_count() > 1:
         meet = ocp.multihost.get_barrier_sync_fn()
         meet(key=f"dpo_jax {next(_waits)} {what}", timeout_ms=1000 * seconds)
+
+
+def in_turn(what: str, make: Callable[[], T]) -> T:
+    """What `make` gives: to the first process, then to the others, which find in a cache that they
+    share what the first one left there. What goes wrong goes wrong in all.
+    """
+    try:
+        if is_first():
+            return make()
+    finally:
+        wait(what)
+    return make()
 
 
 def first(value: bool) -> bool:
