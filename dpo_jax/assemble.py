@@ -3,13 +3,13 @@ laid-out data.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from dpo_jax import (
     config,
@@ -18,16 +18,16 @@ from dpo_jax import (
     functions,
     initial,
     inputs,
-    logps,
-    optimizer,
+    kept,
     processes,
+    programs,
     reference,
     sharding,
     train_step,
 )
 from dpo_jax.data import pack, tokenise, tokenizer
 from dpo_jax.model import config as model_config
-from dpo_jax.model import frozen, lora, presets
+from dpo_jax.model import frozen, presets
 
 
 class Run(NamedTuple):
@@ -64,34 +64,33 @@ class Run(NamedTuple):
 
 
 def assemble(
-    experiment: config.Experiment, mesh: jax.sharding.Mesh
+    experiment: config.Experiment, mesh: jax.sharding.Mesh, keeper: kept.Kept | None = None
 ) -> tuple[Run, train_step.TrainState]:
     """Reads and checks the inputs, places model and reference; nothing but a cached reference is
     computed yet.
+
+    What earlier runs have made and this one needs is taken from the keeper, which gets the rest.
     """
-    found = inputs.load(experiment, mesh)
+    keeper = kept.Kept() if keeper is None else keeper
+    found = inputs.load(experiment, mesh, keeper)
     processes.check_same(described(experiment, found))
     print(f"training: {tokenise.describe(found.train.report)}")
     if found.held_out is not None:
         print(f"held out: {tokenise.describe(found.held_out.report)}")
+    compiled: programs.Programs = keeper.all(
+        programs.make, programs.form(experiment, found.initial, mesh)
+    )
     params = found.initial.params
     started = found.initial._replace(params={})
-    tx = optimizer.make(experiment.optimizer)
-    schedule = optimizer.make_schedule(experiment.optimizer, experiment.steps)
     anchor, anchor_hash = load_reference(experiment, found, mesh)
     identities = identify(found, anchor_hash)
     train, held_out, held_out_pairs = lay_out(experiment, found, mesh, anchor, identities)
     if train.plan.starts is not None:
         identities["batch shards, by which batch_tokens are filled"] = pack.fingerprint(train.plan)
-    scoring = make_scoring(experiment, started)
-    sampler = make_sampler(experiment, found, mesh)
+    sampler = make_sampler(experiment, found, mesh, compiled.score)
     compared = None if sampler is None else hold_compared(experiment, params, anchor)
     held = train_step.Held(started.base, hold_reference(experiment, found, anchor))
     print(describe(experiment, found, held))
-    state, shardings = make_state(params, tx, contract.needs(experiment.loss.function), mesh)
-    pair_scoring = scoring._replace(loss=contract.with_state(evaluate.pair_rewards))
-    everywhere = sharding.replicated(mesh)
-    step = train_step.make_train_step(scoring, tx, schedule, accumulation(experiment))
     run = Run(
         identities=identities,
         experiment=experiment,
@@ -101,23 +100,19 @@ def assemble(
         train=train,
         held_out=held_out,
         held_out_pairs=held_out_pairs,
-        step=jax.jit(step, out_shardings=(shardings, everywhere), donate_argnums=0),
-        evaluate_loss=jax.jit(
-            functools.partial(train_step.evaluate, scoring), out_shardings=everywhere
-        ),
-        evaluate_pairs=jax.jit(
-            functools.partial(train_step.evaluate, pair_scoring), out_shardings=everywhere
-        ),
+        step=compiled.step,
+        evaluate_loss=compiled.evaluate_loss,
+        evaluate_pairs=compiled.evaluate_pairs,
         sampler=sampler,
         held=held,
-        follow=make_follow(experiment.reference, shardings.params),
+        follow=make_follow(experiment.reference, compiled.follow),
         compared=compared,
         numbers={
             "loss": contract.split(experiment.loss.hyperparameters)[0],
             "learning_rate": jnp.float32(experiment.optimizer.learning_rate),
         },
     )
-    return run, state
+    return run, make_state(params, compiled.start, contract.needs(experiment.loss.function), mesh)
 
 
 def described(experiment: config.Experiment, found: inputs.Inputs) -> dict[str, str]:
@@ -279,8 +274,15 @@ def lay_out(
     def one_held_out(data: tokenise.Tokenised | None) -> reference.LaidOut | None:
         if data is None:
             return None
+        batches = math.ceil(len(data.prompts) / experiment.batch_size)
+        evaluations = 2 + experiment.steps // (experiment.evaluate_every or experiment.steps)
         plan = pack.plan(
-            data, experiment.batch_size, shards, experiment.seed, scores_prompt=declared.prompt
+            data,
+            experiment.batch_size,
+            shards,
+            experiment.seed,
+            number=batches * evaluations,
+            scores_prompt=declared.prompt,
         )
         return one(data, plan)
 
@@ -289,37 +291,6 @@ def lay_out(
     )
     print(pack.describe(plan, len(found.train.prompts), experiment.steps))
     return one(found.train, plan), one_held_out(found.held_out), one_held_out(found.held_out_pairs)
-
-
-def make_scoring(experiment: config.Experiment, start: initial.Initial) -> train_step.Scoring:
-    """Policy, reference and loss as functions of a batch."""
-    loss, declared = experiment.loss, contract.needs(experiment.loss.function)
-
-    def make_score(statistics, dropout: float) -> Callable:
-        score = functools.partial(logps.score, start.model, statistics=statistics, dropout=dropout)
-
-        def score_joined(params, held: train_step.Held, batch: dict):
-            return score(lora.join(held.base, params, initial.scale(start)), batch)
-
-        return score_joined
-
-    score = make_score(declared.policy, experiment.lora.dropout)
-    _, statics = contract.split(loss.hyperparameters)
-    if experiment.reference.source is None:
-        score_reference = reference.none
-    elif experiment.reference.cached:
-        score_reference = reference.cached
-    else:
-        score_reference = functools.partial(reference.live, make_score(declared.reference, 0.0))
-    return train_step.Scoring(score, score_reference, contract.with_state(loss.function, **statics))
-
-
-def make_follow(settings: config.Reference, placed) -> Callable | None:
-    """The jitted update of a moving reference, which takes the old one's place; None: it stays."""
-    if settings.update_every is None:
-        return None
-    follow = jax.jit(reference.follow, out_shardings=placed, donate_argnums=0)
-    return functools.partial(follow, weight=jnp.float32(settings.update_weight))
 
 
 def hold_compared(experiment: config.Experiment, params, anchor) -> Any:
@@ -332,31 +303,21 @@ def hold_compared(experiment: config.Experiment, params, anchor) -> Any:
     return jax.tree.map(sharding.to_host, params if anchor is None else anchor)
 
 
-def accumulation(experiment: config.Experiment) -> Callable:
-    """How the gradient of a step comes about from its microbatches."""
-    if experiment.microbatches == 1:
-        return train_step.whole
-    if experiment.statistics == "global" and contract.accumulates_apart(experiment.loss.function):
-        return train_step.make_two_pass(experiment.microbatches)
-    return train_step.make_microbatched(experiment.microbatches)
+def make_follow(settings: config.Reference, follow: Callable) -> Callable | None:
+    """The update of a moving reference, which takes the old one's place; None: it stays."""
+    if settings.update_every is None:
+        return None
+    return functools.partial(follow, weight=jnp.float32(settings.update_weight))
 
 
-def make_state(
-    params, tx: optax.GradientTransformation, declared: contract.Needs, mesh
-) -> tuple[train_step.TrainState, Any]:
-    """The state before the first update, and its shardings: moments lie where parameters do."""
-    placed = sharding.parameters(params, mesh)
-    abstract = jax.eval_shape(tx.init, params)
-    moments = sharding.like_parameters(abstract, params, placed, mesh)
-    opt_state = jax.jit(tx.init, out_shardings=moments)(params)
-    everywhere: Any = sharding.replicated(mesh)
+def make_state(params, start: Callable, declared: contract.Needs, mesh) -> train_step.TrainState:
+    """The state before the first update."""
     step, loss_state = sharding.replicate((np.int32(0), declared.state()), mesh)
-    shardings = train_step.TrainState(everywhere, placed, moments, everywhere)
-    return train_step.TrainState(step, params, opt_state, loss_state), shardings
+    return train_step.TrainState(step, params, start(params), loss_state)
 
 
 def make_sampler(
-    experiment: config.Experiment, found: inputs.Inputs, mesh
+    experiment: config.Experiment, found: inputs.Inputs, mesh, score: Callable
 ) -> evaluate.Sampler | None:
     """What held-out sampling needs; None where samples.count is 0."""
     if not experiment.samples.count or found.held_out is None:
@@ -369,8 +330,5 @@ def make_sampler(
         experiment.samples,
         mesh,
         experiment.batch_size,
-        jax.jit(
-            functools.partial(logps.score, found.initial.model),
-            out_shardings=sharding.replicated(mesh),
-        ),
+        score,
     )

@@ -2,8 +2,9 @@
 
 Each contender is a process of its own that takes orders from standard input, one JSON object a
 line: it answers {"ready": ...} once every shape that it will meet has been compiled, then for each
-line with a number of steps their seconds, and its peak memory at the end of input. One runs while
-the others wait.
+line with a number of steps their seconds, and its peak memory at the end of input. Its answers are
+lines of `benchmark_worker.ANSWER` and a JSON object: trainers print lines of their own, some of
+them dicts. One runs while the others wait.
 
 Dimensions: N examples of a step.
 """
@@ -17,21 +18,28 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from dpo_jax import benchmark_layouts, config, environment, inputs, sharding
-from dpo_jax.data import rows, tokenise
+from dpo_jax import (
+    benchmark_flops,
+    benchmark_layouts,
+    benchmark_peers,
+    benchmark_worker,
+    config,
+    environment,
+    inputs,
+    sharding,
+)
+from dpo_jax.data import rows
 from dpo_jax.data import steps as data_steps
-from dpo_jax.model import config as model_config
-from dpo_jax.model import weights
+from dpo_jax.hlo import costs, text
 
 ROOT = Path(__file__).resolve().parents[1]
-TRL = ROOT / "scripts" / "benchmark_trl.py"
 # glibc's: keep freed memory, so that every step does not ask the kernel for it again
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
@@ -40,11 +48,15 @@ ALLOCATOR = {
 }
 
 
+# steps of the run of which the first are timed: its shapes are those of a run that is worth them
+LONG_RUN = 10_000
+
+
 class Settings(NamedTuple):
     """What is timed, and for how long."""
 
     layouts: tuple[str, ...] = ("packed", "cached", "plain", "padded")
-    # Python interpreters of other trainers' environments by name: trl, trl-fast
+    # Python interpreters of other trainers' environments, by a name of `benchmark_peers.PEERS`
     peers: Mapping[str, str] = {}
     # each round has so many steps of every contender, in turn
     rounds: int = 5
@@ -68,12 +80,18 @@ class Result(NamedTuple):
     rates: list[float]
     # share of the computed positions that are useful; None where it does not say
     fill: float | None
-    # of the compiled step for each useful token; None where it does not say
-    flops: float | None
+    # for each useful token by type; empty where it does not say
+    flops: dict[str, float]
+    # FLOPs per second of matrix products by type, as another trainer measured them in its process
+    products: dict[str, float]
     # what is not in it
     uncounted: list[str]
+    # of the first step, in nats
+    loss: float
+    # seconds
     first_step: float
     compile: float | None
+    # bytes
     peak: int
 
 
@@ -100,20 +118,28 @@ def run(
     ]
     useful = [int(rows.sizes(found.train).tokens[chosen].sum()) for chosen in examples]
     with tempfile.TemporaryDirectory(prefix="dpo_jax_benchmark_") as folder:
-        write_model(Path(folder), found)
-        write_examples(Path(folder), found.train, examples)
         own = [sys.executable, "-m", "scripts.benchmark", str(experiment_file), *arguments]
+        layouts, left_out = benchmark_layouts.possible(experiment, settings.layouts)
         commands = {
             name: [*own, "--worker", name, "--folder", folder, "--count", str(steps)]
-            for name in settings.layouts
+            for name in layouts
         }
-        for name, python in settings.peers.items():
-            commands[name] = [python, str(TRL), folder, name]
-        results = race(commands, folder, useful, settings)
-    floor = sum(floor_flops(found.initial.model.config, found.train, one) for one in examples)
-    dtype = found.initial.model.dtype
+        peers, lacking = benchmark_peers.commands(settings.peers, experiment, folder)
+        for line in [*left_out, *lacking]:
+            print(line, flush=True)
+        benchmark_peers.write_model(Path(folder), found)
+        benchmark_peers.write_examples(Path(folder), experiment.loss, found.train, examples)
+        results = race({**commands, **peers}, folder, useful, settings)
+    shape, dtype = found.initial.model.config, found.initial.model.dtype
+    has_reference = experiment.reference.source is not None
+    floor = sum(
+        benchmark_flops.floor_flops(shape, found.train, one, has_reference=has_reference)
+        for one in examples
+    )
     return {
         "settings": {**settings._asdict(), "batch_size": experiment.batch_size},
+        "left_out": [*left_out, *lacking],
+        "loss": experiment.loss.function.__name__,
         "model": experiment.model.source,
         "data": experiment.data.source,
         "dtype": np.dtype(dtype).name,
@@ -149,30 +175,6 @@ def trimmed(experiment: config.Experiment, steps: int) -> config.Experiment:
     )
 
 
-def write_model(folder: Path, found: inputs.Inputs) -> None:
-    """The initial policy and its tokenizer, which every contender starts from."""
-    weights.save(folder / "model", found.initial.model.config, found.initial.params)
-    found.tokenizer.save(str(folder / "model"))
-
-
-def write_examples(folder: Path, data: tokenise.Tokenised, examples: Sequence[np.ndarray]) -> None:
-    """The token ids of the examples of each step, for other trainers."""
-    steps = [
-        [
-            {
-                "prompt": data.tokens[slice(*data.prompts[one])].tolist(),
-                **{
-                    name: data.tokens[slice(*span)].tolist()
-                    for name, span in zip(data.names, data.completions[one], strict=True)
-                },
-            }
-            for one in chosen
-        ]
-        for chosen in examples
-    ]
-    (folder / "examples.json").write_text(json.dumps(steps))
-
-
 def race(
     commands: Mapping[str, Sequence[str]], folder: str, useful: Sequence[int], settings: Settings
 ) -> list[Result]:
@@ -196,32 +198,54 @@ def take_turns(
             seconds = order(contender, {"steps": settings.steps})["seconds"]
             rates[contender.name].append(tokens / sum(seconds))
             print(f"{contender.name}: {rates[contender.name][-1]:,.0f} useful tokens/s", flush=True)
-    results = []
-    for contender in contenders:
-        last = finish(contender)
-        results.append(
-            Result(
-                contender.name,
-                rates[contender.name],
-                sum(useful) / last["computed"] if last.get("computed") else None,
-                last["flops"] / sum(useful) if "flops" in last else None,
-                last.get("uncounted", []),
-                contender.ready["first_step"],
-                contender.ready.get("compile"),
-                last["peak"],
-            )
-        )
-    return results
+    return [
+        summarise(contender, rates[contender.name], finish(contender), sum(useful))
+        for contender in contenders
+    ]
+
+
+def summarise(
+    contender: Contender, rates: list[float], last: dict[str, Any], useful: int
+) -> Result:
+    """A contender's result from its rates and its last words."""
+    flops, uncounted = count(last)
+    return Result(
+        name=contender.name,
+        rates=rates,
+        fill=useful / last["computed"] if last.get("computed") else None,
+        flops={kind: number / useful for kind, number in flops.items()},
+        products=last.get("products", {}),
+        uncounted=uncounted,
+        loss=contender.ready["loss"],
+        first_step=contender.ready["first_step"],
+        compile=contender.ready.get("compile"),
+        peak=last["peak"],
+    )
+
+
+def count(last: dict[str, Any]) -> tuple[dict[str, float], list[str]]:
+    """FLOPs by type, and what is not in them: as a contender says, or of the compiled float32
+    programs that it names.
+    """
+    if "programs" not in last:
+        return last.get("flops", {}), last.get("uncounted", [])
+    total, uncounted = 0.0, set()
+    for one in last["programs"]:
+        program = text.parse(Path(one["path"]).read_text())
+        total += one["runs"] * costs.flops(program) * program.devices
+        uncounted |= set(costs.uncounted(program))
+    return {"float32": total}, sorted(uncounted)
 
 
 def start(name: str, command: Sequence[str], folder: str) -> Contender:
     """A contender that has said it is ready; ValueError with its last words where it does not."""
     print(f"{name}: starting", flush=True)
+    keeps_memory = name in benchmark_peers.PEERS and benchmark_peers.PEERS[name].keeps_memory
     variables = {
         **os.environ,
         # nothing compiled before
         "DPO_JAX_CACHE": os.path.join(folder, "cache", name),
-        **(ALLOCATOR if name.endswith("-fast") else {}),
+        **(ALLOCATOR if keeps_memory else {}),
     }
     started = time.time()
     process = subprocess.Popen(
@@ -264,103 +288,9 @@ def end(process: subprocess.Popen) -> None:
 
 
 def answer(name: str, process: subprocess.Popen) -> dict[str, Any]:
-    """The next line of a contender that is a JSON object; it may print others between."""
+    """The next answer of a contender; it may print other lines between."""
     stream: Any = process.stdout
     for line in stream:
-        if line.startswith("{"):
-            return json.loads(line)
+        if line.startswith(benchmark_worker.ANSWER):
+            return json.loads(line.removeprefix(benchmark_worker.ANSWER))
     raise ValueError(f"{name} ended with exit code {process.wait()}; its error is above")
-
-
-def work(stepper: benchmark_layouts.Stepper, orders: Iterator[str]) -> None:
-    """A contender of this project: compiles all shapes, says so, and obeys."""
-    begun = time.time() - float(os.environ.get("BENCHMARK_STARTED", time.time()))
-    batches, state = list(stepper.batches), stepper.state
-    seen, compile_seconds, first_step = set(), 0.0, 0.0
-    start = time.perf_counter()
-    for batch, _ in batches:
-        shape = jax.tree.map(lambda leaf: leaf.shape, batch)
-        if str(shape) in seen:
-            continue
-        seen.add(str(shape))
-        once = time.perf_counter()
-        state, values = stepper.step(state, batch)
-        jax.block_until_ready(values)
-        compile_seconds += time.perf_counter() - once
-        first_step = first_step or begun + time.perf_counter() - start
-        state, values = stepper.step(state, batch)
-        jax.block_until_ready(values)
-    say({"ready": True, "first_step": first_step, "compile": compile_seconds})
-    done = 0
-    for line in orders:
-        seconds = []
-        for batch, _ in batches[done : done + json.loads(line)["steps"]]:
-            once = time.perf_counter()
-            state, values = stepper.step(state, batch)
-            jax.block_until_ready(values)
-            seconds.append(time.perf_counter() - once)
-        done += len(seconds)
-        say({"seconds": seconds})
-    peak, computed = benchmark_layouts.peak_memory(), sum(tokens for _, tokens in batches)
-    counted = benchmark_layouts.count_flops(stepper, state, [batch for batch, _ in batches])
-    say({"peak": peak, "computed": computed, **counted})
-
-
-def say(message: dict[str, Any]) -> None:
-    """One line to whoever gives the orders."""
-    print(json.dumps(message), flush=True)
-
-
-def floor_flops(
-    shape: model_config.DecoderConfig, data: tokenise.Tokenised, chosen: np.ndarray
-) -> float:
-    """FLOPs that a step with a live reference needs at least: each distinct token once through the
-    layers, each scored one once through the head, each pair of tokens that see each other once
-    through attention; three times for the policy, whose gradient costs two, and once for the
-    reference.
-    """
-    kernels = shape.width * shape.head_dim * 2 * (shape.heads + shape.key_value_heads)
-    matrices = 3 if shape.gated else 2
-    of_token = shape.experts.chosen if shape.experts else 1
-    body = shape.layers * (kernels + of_token * matrices * shape.width * shape.hidden)
-    prompts = (data.prompts[chosen, 1] - data.prompts[chosen, 0]).astype(float)
-    answers = (data.completions[chosen, :, 1] - data.completions[chosen, :, 0]).astype(float)
-    tokens, scored = prompts.sum() + answers.sum(), answers.sum()
-    pairs = (prompts * (prompts + 1) / 2).sum()
-    pairs += (answers * prompts[:, None] + answers * (answers + 1) / 2).sum()
-    forward = 2 * body * tokens + 2 * shape.width * shape.vocabulary_size * scored
-    forward += 4 * shape.layers * shape.heads * shape.head_dim * pairs
-    return float(4 * forward)
-
-
-def describe(record: Mapping[str, Any]) -> str:
-    """The record as a Markdown table: medians, and ratios to the first contender round by round."""
-    results, floor = record["results"], record["floor_flops_per_useful_token"]
-    rate = record["matmul_flops_per_second"]
-    first = np.array(results[0]["rates"])
-    lines = [
-        f"{record['model']} on {record['data']}, {record['dtype']}, {record['devices']} x "
-        f"{record['device']}, {record['settings']['batch_size']} examples a step; matrix products "
-        f"at {rate / 1e9:,.0f} GFLOP/s; the floor is {floor / 1e6:,.1f} MFLOP a useful token",
-        "",
-        "| layout | useful tokens/s | slower than the first by | fill | FLOPs / floor |"
-        " share of the product rate | peak memory | first step | compile |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for result in results:
-        rates = np.array(result["rates"])
-        median = float(np.median(rates))
-        ratio = float(np.median(first / rates))
-        fill = "" if result["fill"] is None else f"{result['fill']:.1%}"
-        flops = "" if result["flops"] is None else f"{result['flops'] / floor:.2f}"
-        compiled = "" if result["compile"] is None else f"{result['compile']:.1f} s"
-        lines.append(
-            f"| {result['name']} | {median:,.0f} ({rates.min():,.0f} to {rates.max():,.0f}) | "
-            f"{ratio:.2f} | {fill} | {flops} | {median * floor / rate:.0%} | "
-            f"{result['peak'] / 2**30:.2f} GiB | {result['first_step']:.1f} s | {compiled} |"
-        )
-    for result in results:
-        if result["uncounted"]:
-            left_out = "; ".join(result["uncounted"])
-            lines += ["", f"Not in the FLOPs of {result['name']}: {left_out}."]
-    return "\n".join(lines)

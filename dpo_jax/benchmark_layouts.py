@@ -84,6 +84,8 @@ def make_padded(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Stepp
         return score_rows(params, batch)
 
     def score_reference(held: train_step.Held, batch: dict):
+        if held.reference is None:
+            return None
         return jax.lax.stop_gradient(score_rows(held.reference, batch))
 
     loss, tx = experiment.loss, optimizer.make(experiment.optimizer)
@@ -116,6 +118,25 @@ LAYOUTS: dict[str, Callable[[config.Experiment, jax.sharding.Mesh], Stepper]] = 
 }
 
 
+def possible(experiment: config.Experiment, names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The layouts of these names that the run can have, and a line for each that it cannot;
+    ValueError for a name that there is not.
+    """
+    found, left_out = [], []
+    needs = contract.needs(experiment.loss.function)
+    more = needs.prompt or needs.policy or needs.reference
+    for name in names:
+        if name not in LAYOUTS:
+            raise ValueError(f"there is no layout {name!r}: --layouts takes {', '.join(LAYOUTS)}")
+        if name == "cached" and experiment.reference.source is None:
+            left_out.append("cached is left out: the run has no reference")
+        elif name == "padded" and more:
+            left_out.append("padded is left out: the loss needs more than sums over completions")
+        else:
+            found.append(name)
+    return found, left_out
+
+
 def pad(data: tokenise.Tokenised, chosen: np.ndarray) -> dict:
     """The examples as rows, all of the first completion and then all of the second."""
     rows, prompts = [], []
@@ -137,6 +158,7 @@ def pad(data: tokenise.Tokenised, chosen: np.ndarray) -> dict:
         "prompts": np.array(prompts, np.int32),
         "length": dict(zip(data.names, answers.astype(np.int32), strict=True)),
         "weight": np.ones(len(chosen), np.float32),
+        **{name: values[chosen] for name, values in data.columns.items()},
     }
 
 

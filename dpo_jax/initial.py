@@ -3,7 +3,6 @@ adapter that is trained in its stead.
 """
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
@@ -53,8 +52,8 @@ def load(
     if source in presets.PRESETS:
         shape = presets.PRESETS[source]
         placed = sharding.parameters(decoder.shapes(shape), mesh)
-        make = jax.jit(functools.partial(decoder.init, shape), out_shardings=placed)
-        params = make(jax.random.key(seed))
+        make = jax.jit(decoder.init, static_argnums=0, out_shardings=placed)
+        params = make(shape, jax.random.key(seed))
         # no hash of the values, whose last bits differ between meshes
         identity = reference.digest(source, dataclasses.asdict(shape), seed)
         return Initial(make_decoder(shape, settings, mesh), params, None, identity)
@@ -194,9 +193,9 @@ def new_adapter(
     """The parameters of a new adapter on the mesh."""
     rank = settings.rank or 0
     placed = sharding.parameters(lora.shapes(shape, targets, rank), mesh)
-    make = jax.jit(functools.partial(lora.init, shape, targets, rank), out_shardings=placed)
+    make = jax.jit(lora.init, static_argnums=(0, 1, 2), out_shardings=placed)
     # another key than that of a preset's random weights
-    return make(jax.random.fold_in(jax.random.key(seed), 1))
+    return make(shape, targets, rank, jax.random.fold_in(jax.random.key(seed), 1))
 
 
 def check_same(settings: config.Lora, adapter: origins.Adapter, source: Source) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 
-from dpo_jax import config, contract, initial, paths, processes, reference, sharding
+from dpo_jax import config, contract, initial, kept, paths, processes, reference, sharding
 from dpo_jax.data import rows, tokenise, tokenizer
 
 # completions and columns that unpaired examples may have
@@ -29,10 +29,13 @@ class Inputs(NamedTuple):
     held_out_pairs: tokenise.Tokenised | None
 
 
-def load(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Inputs:
+def load(
+    experiment: config.Experiment, mesh: jax.sharding.Mesh, keeper: kept.Kept | None = None
+) -> Inputs:
     """Reads and checks everything; every cause that can be seen before a step compiles is a
-    ValueError here.
+    ValueError here. Rows that the keeper has from an earlier run are not read again.
     """
+    keeper = kept.Kept() if keeper is None else keeper
     check_switches(experiment)
     if experiment.batch_tokens is None:
         sharding.check_batch_size(experiment.batch_size, experiment.microbatches, mesh)
@@ -41,7 +44,7 @@ def load(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Inputs:
     read_as = "float32" if is_trained else initial.others_as(experiment.model)
     start = initial.load(*source, mesh, read_as=read_as)
     start = initial.prepare(start, experiment.lora, source, mesh)
-    words = tokenizer.load_tokenizer(experiment.data, start.tokenizer)
+    words = keeper.last(tokenizer.load_tokenizer, experiment.data, start.tokenizer)
     vocabulary = start.model.config.vocabulary_size
     if words.vocabulary_size > vocabulary:
         raise ValueError(
@@ -49,13 +52,15 @@ def load(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Inputs:
             f"{words.vocabulary_size} tokens and the model {experiment.model.source} a vocabulary "
             f"of {vocabulary}: give --data.tokenizer or --model.source so that they fit"
         )
-    train, held_out = load_examples(experiment, words)
+    train, held_out = load_examples(experiment, words, keeper)
     check_lengths(train, start.model.config.max_positions, experiment)
     pairs = None
     # their rewards are log-ratios
     if experiment.data.examples == "unpaired" and experiment.reference.source is not None:
-        tokenised = functools.partial(tokenise.load_pairs_for_evaluation, experiment.data, words)
-        pairs = processes.in_turn("the held-out pairs are tokenised", tokenised)
+        make = functools.partial(
+            keeper.last, tokenise.load_pairs_for_evaluation, experiment.data, words
+        )
+        pairs = processes.in_turn("the held-out pairs are tokenised", make)
     if experiment.samples.count and held_out is None:
         raise ValueError(
             f"samples.count is {experiment.samples.count}, and there are no held-out prompts to "
@@ -65,7 +70,7 @@ def load(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Inputs:
 
 
 def load_examples(
-    experiment: config.Experiment, words: tokenizer.Tokenizer
+    experiment: config.Experiment, words: tokenizer.Tokenizer, keeper: kept.Kept
 ) -> tuple[tokenise.Tokenised, tokenise.Tokenised | None]:
     """The training and held-out examples with the completions that the loss reads; ValueError where
     it breaks its contract on them.
@@ -77,17 +82,17 @@ def load_examples(
 
     # what is not read is not made either
     mismatched = kind != "unpaired" or "mismatched" in reads(*UNPAIRED)
-    tokenised = functools.partial(
-        tokenise.load, experiment.data, words, kind, mismatched=mismatched
+    make = functools.partial(
+        keeper.last, tokenise.load, experiment.data, words, kind, mismatched=mismatched
     )
-    train, held_out = processes.in_turn("the rows are tokenised", tokenised)
+    train, held_out = processes.in_turn("the rows are tokenised", make)
     has_reference, columns = experiment.reference.source is not None, tuple(train.columns)
     if held_out is not None and (held_out.names, tuple(held_out.columns)) != (train.names, columns):
         raise ValueError(
             f"the held-out examples have {', '.join([*held_out.names, *held_out.columns])} and the "
             f"training ones {', '.join([*train.names, *columns])}: both must have the same"
         )
-    contract.check(loss.function, loss.hyperparameters, train.names, columns, has_reference)
+    contract.check(loss.function, loss.hyperparameters, train.names, columns, has_reference, keeper)
     shared = 1 if experiment.statistics == "global" else experiment.microbatches
     examples = experiment.batch_size
     if experiment.batch_tokens is not None:

@@ -4,6 +4,7 @@ Imports no jax: the function that trains arrives as an argument.
 """
 
 import argparse
+import gc
 import sys
 import traceback
 import types
@@ -33,6 +34,14 @@ class Failure(NamedTuple):
 
     point: Point
     reason: str
+
+
+class Training(NamedTuple):
+    """How the points are trained."""
+
+    train: Callable[[config.Experiment, Path], None]
+    # what to say of it once all are done
+    describe: Callable[[], str]
 
 
 class Command(NamedTuple):
@@ -209,6 +218,8 @@ def run(found: Sequence[Point], train: Callable[[config.Experiment, Path], None]
         except Exception as error:
             traceback.print_exc()
             failures.append(Failure(point, f"{type(error).__name__}: {error}"))
+        # a traceback holds on to all that its functions had, the arrays of a run among them
+        gc.collect()
     return failures
 
 
@@ -236,12 +247,10 @@ def summary(failures: Sequence[Failure], total: int) -> str:
     return "\n".join(lines)
 
 
-def main(
-    arguments: Sequence[str], program: str, make_train: Callable[[], Callable[..., None]]
-) -> int:
+def main(arguments: Sequence[str], program: str, make_training: Callable[[], Training]) -> int:
     """Runs a command line; the exit code is 1 where a point failed.
 
-    `make_train` is called once there is something to run, so that listing imports no jax.
+    `make_training` is called once there is something to run, so that listing imports no jax.
     """
     command = from_command_line(arguments, program)
     if command.list_only:
@@ -250,7 +259,10 @@ def main(
         except ValueError as error:
             flags.stop(error)
         return 0
-    failures = run(command.points, make_train())
+    training = make_training()
+    failures = run(command.points, training.train)
+    if described := training.describe():
+        print(described, flush=True)
     out = sys.stderr if failures else sys.stdout
     print(summary(failures, len(command.points)), file=out)
     return 1 if failures else 0

@@ -28,6 +28,7 @@ from dpo_jax import (
     evaluate,
     flags,
     inputs,
+    kept,
     logps,
     metrics,
     origins,
@@ -46,8 +47,12 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 AHEAD = 2
 
 
-def train(experiment: config.Experiment, experiment_file: str | Path) -> None:
+def train(
+    experiment: config.Experiment, experiment_file: str | Path, keeper: kept.Kept | None = None
+) -> None:
     """Trains, or goes on with, the run in experiment.workdir; one that is DONE is left as it is.
+
+    Runs that are given one keeper share what they have in common: compiled programs and rows.
 
     Raises ValueError for bad input, before the first step where it can be seen, and
     FloatingPointError when the loss stops being finite. SIGTERM saves a checkpoint and exits with
@@ -59,7 +64,8 @@ def train(experiment: config.Experiment, experiment_file: str | Path) -> None:
         print(f"{folder} is done: nothing to do")
         return
     inputs.enable_compile_cache(paths.join(paths.cache_folder(), "compiled"))
-    run, state = assemble.assemble(experiment, sharding.make_mesh(experiment.mesh, jax.devices()))
+    mesh = sharding.make_mesh(experiment.mesh, jax.devices())
+    run, state = assemble.assemble(experiment, mesh, keeper)
     check_inputs(folder, run.identities)
     # only now, so that a run whose input is refused leaves no folder behind
     if processes.is_first():

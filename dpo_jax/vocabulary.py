@@ -141,26 +141,32 @@ def scores_forward(
 
 def scores_backward(cut: Cut, kept: Residuals, cotangent: jax.Array) -> tuple:
     """Gradients of hidden states and weights; the loop is for the latter alone."""
+    # the order in which a CPU multiplies them by hidden states without turning them round first
+    order = "twbs" if cut.is_embedding else "bstw"
+
+    def lift(array: jax.Array) -> jax.Array:
+        return array[None, None] if cut.is_embedding else array[..., None, None]
 
     def one(total: Weights, number: jax.Array) -> tuple[Weights, None]:
         start = place(cut, number)
         matrix = slice_matrix(cut, kept.weights.matrix, start, kept.hidden.dtype)
-        logits = stripe_logits(cut, kept.hidden, matrix, kept.weights.bias, start)
-        shares = probability(jax.tree.map(lambda leaf: leaf[..., None, None], kept.softmax), logits)
-        is_own = stripe_ids(cut, start) == kept.target[..., None, None]
-        slope = jnp.where(is_own, rest(kept.softmax)[..., None, None], -shares)
-        slope = slope * slope_of_cap(cut, logits) * cotangent[..., None, None]
+        logits = stripe_logits(cut, kept.hidden, matrix, kept.weights.bias, start, order)
+        shares = probability(jax.tree.map(lift, kept.softmax), logits)
+        is_own = stripe_ids(cut, start, order) == lift(kept.target)
+        slope = jnp.where(is_own, lift(rest(kept.softmax)), -shares)
+        slope = slope * slope_of_cap(cut, logits) * lift(cotangent)
         found = jnp.einsum(
-            f"bsd,bstw->{axes(cut)}",
-            kept.hidden,
+            f"{order},bsd->{axes(cut)}",
             slope.astype(kept.hidden.dtype),
+            kept.hidden,
             preferred_element_type=jnp.float32,
         )
         # where stripes overlap, both have the same
         update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start)
         bias = total.bias
         if bias is not None:
-            bias = update(bias, slope.sum(axis=(0, 1)), axis=1)
+            of_tokens = order.index("b"), order.index("s")
+            bias = update(bias, slope.sum(axis=of_tokens), axis=1)
         return Weights(update(total.matrix, found, axis=axes(cut).index("w")), bias), None
 
     hidden = (cotangent[..., None] * kept.slope).astype(kept.hidden.dtype)
@@ -180,8 +186,8 @@ def sum_others(
     def one(before: Others, number: jax.Array) -> tuple[Others, None]:
         start = place(cut, number)
         matrix = slice_matrix(cut, weights.matrix, start, hidden.dtype)
-        logits = stripe_logits(cut, hidden, matrix, weights.bias, start)
-        left_out = stripe_ids(cut, start) == target[..., None, None]
+        logits = stripe_logits(cut, hidden, matrix, weights.bias, start, "bstw")
+        left_out = stripe_ids(cut, start, "bstw") == target[..., None, None]
         if cut.count * cut.width > cut.size:
             # tokens of the last stripe that the one before it had
             had = start + jnp.arange(cut.width) < number * cut.width
@@ -276,23 +282,38 @@ def slice_matrix(cut: Cut, matrix: jax.Array, start: jax.Array, dtype: Any) -> j
     return stripe
 
 
-def stripe_ids(cut: Cut, start: jax.Array) -> jax.Array:
-    """The tokens of a stripe: int32 [1, 1, T, w]."""
+def stripe_ids(cut: Cut, start: jax.Array, order: str) -> jax.Array:
+    """The tokens of a stripe, to compare with logits in this order: int32 [1, 1, T, w] or [T, w, 1,
+    1].
+    """
     firsts = jnp.arange(cut.parts, dtype=jnp.int32)[:, None] * cut.size
-    return (firsts + (start + jnp.arange(cut.width, dtype=jnp.int32))[None, :])[None, None]
+    ids = firsts + (start + jnp.arange(cut.width, dtype=jnp.int32))[None, :]
+    return ids[None, None] if order == "bstw" else ids[..., None, None]
 
 
 def stripe_logits(
-    cut: Cut, hidden: jax.Array, matrix: jax.Array, bias: jax.Array | None, start: jax.Array
+    cut: Cut,
+    hidden: jax.Array,
+    matrix: jax.Array,
+    bias: jax.Array | None,
+    start: jax.Array,
+    order: str,
 ) -> jax.Array:
-    """Logits of a stripe [B, S, T, w] in float32, from its matrix and the whole bias."""
+    """Logits of a stripe in float32, bstw or twbs, from its matrix and the whole bias."""
     # one axis of tokens in the product: of two, XLA makes a copy of the stripe turned round
     flat = matrix.reshape(merged_shape(cut, hidden.shape[-1]))
-    order = "vd" if cut.is_embedding else "dv"
-    found = jnp.einsum(f"bsd,{order}->bsv", hidden, flat, preferred_element_type=jnp.float32)
-    found = found.reshape(*hidden.shape[:-1], cut.parts, cut.width)
+    sides = "vd" if cut.is_embedding else "dv"
+    found = jnp.einsum(
+        f"bsd,{sides}->{order.replace('tw', 'v')}",
+        hidden,
+        flat,
+        preferred_element_type=jnp.float32,
+    )
+    sizes = {"b": hidden.shape[0], "s": hidden.shape[1], "t": cut.parts, "w": cut.width}
+    found = found.reshape([sizes[axis] for axis in order])
     if bias is not None:
-        found = found + jax.lax.dynamic_slice_in_dim(bias, start, cut.width, axis=1)[None, None]
+        own = jax.lax.dynamic_slice_in_dim(bias, start, cut.width, axis=1)
+        found = found + (own[None, None] if order == "bstw" else own[..., None, None])
     return capped(cut, found)
 
 

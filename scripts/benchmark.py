@@ -1,9 +1,16 @@
 """Times training steps of this project's layouts, and of other trainers, on the same examples.
 
-python -m scripts.benchmark EXPERIMENT [--layouts packed cached plain padded] [--peer trl=PYTHON]
-    [--rounds 5] [--steps 3] [--json FILE] [flags of the run]
+python -m scripts.benchmark EXPERIMENT [--layouts packed cached plain padded]
+    [--peer trl-fast=PYTHON --peer tunix=PYTHON ...] [--rounds 5] [--steps 3] [--json FILE]
+    [flags of the run]
+python -m scripts.benchmark --scaling [EXPERIMENT [flags of the run]] [--lengths 256 ... 8192]
+    [--examples 1 ... 64] [--rounds 5] [--steps 3] [--json FILE] [--figure FILE.png]: seconds a step
+    over the length of examples and over their number; with EXPERIMENT of its model and its data's
+    lengths
 python -m scripts.benchmark --logps [--rounds 5]: log-probabilities from stripes of the vocabulary
     and from all logits
+python -m scripts.benchmark --sweep EXPERIMENT [--json FILE] [flags of the run]: eight points over
+    losses and betas, an epoch each, as a sweep and each alone
 """
 
 import argparse
@@ -25,10 +32,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--json")
     parser.add_argument("--logps", action="store_true")
+    parser.add_argument("--scaling", action="store_true")
+    parser.add_argument("--lengths", nargs="+", type=int)
+    parser.add_argument("--examples", nargs="+", type=int)
+    parser.add_argument("--figure")
+    parser.add_argument("--sweep", action="store_true")
     # of a contender, which this program starts itself
     parser.add_argument("--worker")
     parser.add_argument("--folder")
     parser.add_argument("--count", type=int)
+    parser.add_argument("--points", nargs="+", type=int)
     own, rest = parser.parse_known_args()
     if own.logps:
         from dpo_jax import benchmark_logps
@@ -37,28 +50,71 @@ def main() -> None:
         for result in benchmark_logps.run(own.rounds):
             print(benchmark_logps.describe(result), flush=True)
         return
+    if own.scaling:
+        scale(own, rest)
+        return
     experiment, file = flags.from_command_line(rest, PROGRAM)
-    from dpo_jax import benchmark, benchmark_layouts, sharding
+    from dpo_jax import (
+        benchmark,
+        benchmark_layouts,
+        benchmark_sweep,
+        benchmark_table,
+        benchmark_worker,
+        initial,
+        sharding,
+    )
 
     try:
+        if own.points is not None:
+            experiment = benchmark.trimmed(experiment, own.count)
+            benchmark_sweep.work(experiment, file, Path(own.folder), own.points)
+            return
         if own.worker is not None:
             import dataclasses
 
             import jax
 
             model = dataclasses.replace(experiment.model, source=f"{own.folder}/model")
-            experiment = benchmark.trimmed(experiment, own.count).replace(model=model)
+            experiment = benchmark.trimmed(experiment, benchmark.LONG_RUN).replace(model=model)
             mesh = sharding.make_mesh(experiment.mesh, jax.devices())
-            benchmark.work(benchmark_layouts.LAYOUTS[own.worker](experiment, mesh), iter(sys.stdin))
+            stepper = benchmark_layouts.LAYOUTS[own.worker](experiment, mesh)
+            dtype = initial.compute_type(experiment.model)
+            benchmark_worker.work(stepper, iter(sys.stdin), dtype, own.count)
             return
-        peers = dict(one.split("=", 1) for one in own.peer)
-        settings = benchmark.Settings(tuple(own.layouts), peers, own.rounds, own.steps)
-        record = benchmark.run(experiment, file, rest[1:], settings)
-        print(benchmark.describe(record))
+        if own.sweep:
+            record = benchmark_sweep.run(experiment, file, rest[1:])
+            print(benchmark_sweep.describe(record))
+        else:
+            peers = dict(one.split("=", 1) for one in own.peer)
+            settings = benchmark.Settings(tuple(own.layouts), peers, own.rounds, own.steps)
+            record = benchmark.run(experiment, file, rest[1:], settings)
+            print(benchmark_table.describe(record))
         if own.json is not None:
             Path(own.json).write_text(json.dumps(record, indent=1))
     except ValueError as error:
         flags.stop(error)
+
+
+def scale(own: argparse.Namespace, rest: list[str]) -> None:
+    """Times steps over lengths and numbers of examples; `rest` is an experiment and its flags, or
+    nothing.
+    """
+    from dpo_jax import benchmark_scaling, figures
+
+    sizes = benchmark_scaling.Sizes()
+    named = {"lengths": own.lengths, "examples": own.examples}
+    named |= {"rounds": own.rounds, "steps": own.steps}
+    sizes = sizes._replace(**{name: value for name, value in named.items() if value})
+    try:
+        experiment = flags.from_command_line(rest, PROGRAM)[0] if rest else None
+        record = benchmark_scaling.run(sizes, experiment)
+    except ValueError as error:
+        flags.stop(error)
+    print(benchmark_scaling.describe(record))
+    if own.json is not None:
+        Path(own.json).write_text(json.dumps(record, indent=1))
+    if own.figure is not None:
+        Path(own.figure).write_bytes(figures.png(benchmark_scaling.draw(record)))
 
 
 if __name__ == "__main__":

@@ -1,71 +1,187 @@
-"""TRL's DPO trainer as a contender of scripts/benchmark.py; runs in TRL's own environment.
+"""TRL's DPO, KTO and ORPO trainers as contenders of scripts/benchmark.py; runs in TRL's own
+environment and imports nothing of this project.
 
-PYTHON scripts/benchmark_trl.py FOLDER trl|trl-fast: as it comes, or in float32 without activation
-checkpointing. It imports nothing of this project.
+PYTHON scripts/benchmark_trl.py FOLDER trl|trl-fast|trl-bf16, for TRL 1.16:
+    trl       as it comes: bfloat16 where a product is, activation checkpointing
+    trl-fast  float32, no activation checkpointing, and logits of completions' tokens only
+    trl-bf16  the same in bfloat16
+Logits of completions' tokens only are what TRL computes on GPUs; on CPUs its head computes those of
+every position, for compilers that want one shape. `make_compact` asks for the former, which changes
+no result. ORPO's trainer has one head, of all positions. Padding-free batches do not exist in 1.16,
+log-probabilities of the reference are not computed before (it is live), and nothing is compiled.
+Metrics that the trainers keep for their log are computed as ever.
+
+Dimensions: N examples of a step, R rows and L tokens of a padded batch.
 """
 
+import functools
 import importlib
 import json
 import os
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+COMPUTE = {"trl": "bfloat16", "trl-fast": "float32", "trl-bf16": "bfloat16"}
+# model types whose layers have the products that `count_flops` counts
+COUNTED = ("llama", "mistral")
 
 
 def main() -> None:
     """Trains on the examples of a folder, obeying orders between its steps."""
     folder, name = Path(sys.argv[1]), sys.argv[2]
     # not installed where the rest of the project is checked
-    torch, trl, transformers, datasets = (
-        importlib.import_module(module) for module in ("torch", "trl", "transformers", "datasets")
+    torch, transformers, datasets = (
+        importlib.import_module(module) for module in ("torch", "transformers", "datasets")
     )
     torch.set_num_threads(os.cpu_count() or 1)
-    steps = json.loads((folder / "examples.json").read_text())
+    run = json.loads((folder / "examples.json").read_text())
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    trainer = make_trainer(trl, transformers, datasets, folder, tokenizer, steps, name)
+    options = {"use_cpu": not torch.cuda.is_available()}
+    trainer = make_trainer(transformers, datasets, folder, tokenizer, run, name, options)
     trainer.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
-    print(json.dumps({"peak": peak}), flush=True)
+    shape = json.loads((folder / "model" / "config.json").read_text())
+    products = {kind: matmul_rate(torch, getattr(torch, kind)) for kind in ("float32", "bfloat16")}
+    say({"peak": peak, "products": products, **count(shape, run, name)})
 
 
-def make_trainer(trl, transformers, datasets, folder, tokenizer, steps, name) -> Any:
+def say(message: dict[str, Any]) -> None:
+    """An answer, told by its first word from what the trainer prints."""
+    print(f"benchmark: {json.dumps(message)}", flush=True)
+
+
+def make_trainer(
+    transformers, datasets, folder, tokenizer, run, name, options: dict[str, Any]
+) -> Any:
     """The trainer, in the order of the examples, with two more steps before the first."""
-    fast = {"bf16": False, "activation_checkpointing": False} if name == "trl-fast" else {}
-    options = trl.DPOConfig(
-        output_dir=str(folder / name),
-        per_device_train_batch_size=len(steps[0]),
-        max_steps=len(steps) + 2,
-        report_to=[],
-        disable_tqdm=True,
-        save_strategy="no",
-        logging_strategy="no",
-        max_length=None,
-        learning_rate=1e-6,
-        **fast,
-    )
-    texts = {"prompt": "a", "chosen": " b", "rejected": " c"}
-    models = [transformers.AutoModelForCausalLM.from_pretrained(folder / "model") for _ in range(2)]
-    trainer = trl.DPOTrainer(
-        model=models[0],
-        ref_model=models[1],
-        args=options,
-        train_dataset=datasets.Dataset.from_list([texts]),
+    steps = run["steps"]
+    make, rows, text = {"dpo": make_dpo, "kto": make_kto}.get(run["loss"], make_orpo)(run)
+    options |= {
+        "output_dir": str(folder / name),
+        "per_device_train_batch_size": len(steps[0]),
+        "max_steps": len(steps) + 2,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "learning_rate": 1e-6,
+    }
+    if name != "trl":
+        options |= {"bf16": COMPUTE[name] == "bfloat16", "gradient_checkpointing": False}
+        make_compact()
+
+    def load() -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+
+    trainer = make(
+        load,
+        options,
+        train_dataset=datasets.Dataset.from_list([text] * 2),
         processing_class=tokenizer,
         callbacks=[make_callback(transformers)],
     )
     # the first step twice more, before what is timed
     ordered = [example for step in (steps[0], steps[0], *steps) for example in step]
-    trainer.train_dataset = datasets.Dataset.from_list(
-        [{f"{part}_ids": ids for part, ids in example.items()} for example in ordered]
-    )
+    trainer.train_dataset = datasets.Dataset.from_list([rows(example) for example in ordered])
     sampler = importlib.import_module("torch.utils.data").SequentialSampler
     trainer._get_train_sampler = lambda *_: sampler(trainer.train_dataset)
+    trainer.compute_loss = noting_the_first(trainer.compute_loss)
     return trainer
+
+
+def make_dpo(run: dict[str, Any]) -> tuple:
+    """(a function that makes the trainer, an example as the trainer's row, a row of text)."""
+    trl = importlib.import_module("trl")
+
+    def make(load, options, **rest) -> Any:
+        args = trl.DPOConfig(max_length=None, beta=run["hyperparameters"]["beta"], **options)
+        return trl.DPOTrainer(model=load(), ref_model=load(), args=args, **rest)
+
+    def row(example: dict[str, Any]) -> dict[str, Any]:
+        return {f"{part}_ids": example[part] for part in ("prompt", "chosen", "rejected")}
+
+    return make, row, {"prompt": "a", "chosen": " b", "rejected": " c"}
+
+
+def make_kto(run: dict[str, Any]) -> tuple:
+    """The same; the mismatched completions are the benchmark's own, and not the batch's, rotated by
+    one.
+    """
+    trl = importlib.import_module("trl")
+
+    def make(load, options, **rest) -> Any:
+        numbers = run["hyperparameters"]
+        args = trl.KTOConfig(
+            max_length=None,
+            beta=numbers["beta"],
+            desirable_weight=numbers["lambda_desirable"],
+            undesirable_weight=numbers["lambda_undesirable"],
+            **options,
+        )
+        return trl.KTOTrainer(model=load(), ref_model=load(), args=args, **rest)
+
+    def row(example: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "prompt_ids": example["prompt"],
+            "completion_ids": example["completion"],
+            "KL_completion_ids": example["mismatched"],
+            "label": example["desirable"] > 0,
+        }
+
+    return make, row, {"prompt": "a", "completion": " b", "label": True}
+
+
+def make_orpo(run: dict[str, Any]) -> tuple:
+    """The same, without a reference."""
+    orpo = importlib.import_module("trl.experimental.orpo")
+    longest = max(length for step in run["steps"] for length, _ in lengths(step, PAIR))
+
+    def make(load, options, **rest) -> Any:
+        args = orpo.ORPOConfig(max_length=longest, beta=run["hyperparameters"]["lam"], **options)
+        return orpo.ORPOTrainer(model=load(), args=args, **rest)
+
+    def row(example: dict[str, Any]) -> dict[str, Any]:
+        found = {"prompt_input_ids": example["prompt"]}
+        for part in PAIR:
+            ids = example["prompt"] + example[part]
+            found[f"{part}_input_ids"] = ids
+            found[f"{part}_attention_mask"] = [1] * len(ids)
+            found[f"{part}_labels"] = [-100] * len(example["prompt"]) + example[part]
+        return found
+
+    return make, row, {"prompt": "a", "chosen": " b", "rejected": " c"}
+
+
+PAIR = ("chosen", "rejected")
+
+
+def make_compact() -> None:
+    """Lets the head of DPO's and KTO's trainers compute logits of completions' tokens only."""
+    heads: Any = importlib.import_module("trl.trainer.utils")
+    heads._use_triton = lambda device: True
+
+
+FIRST: list[float] = []
+
+
+def noting_the_first(compute_loss) -> Any:
+    """The trainer's loss; the first one is kept in FIRST."""
+
+    @functools.wraps(compute_loss)
+    def noting(*arguments, **named):
+        found = compute_loss(*arguments, **named)
+        if not FIRST:
+            FIRST.append(float(found.detach() if hasattr(found, "detach") else found[0].detach()))
+        return found
+
+    return noting
 
 
 def make_callback(transformers) -> Any:
@@ -80,7 +196,7 @@ def make_callback(transformers) -> Any:
                 self.first_step = time.time() - started
             self.warm += 1
             if self.warm == 3:
-                print(json.dumps({"ready": True, "first_step": self.first_step}), flush=True)
+                say({"ready": True, "first_step": self.first_step, "loss": FIRST[0]})
             if self.warm >= 3 and self.left == 0:
                 self.left, self.seconds = json.loads(sys.stdin.readline())["steps"], []
                 self.begun = time.perf_counter()
@@ -92,9 +208,79 @@ def make_callback(transformers) -> Any:
             self.seconds.append(now - self.begun)
             self.begun, self.left = now, self.left - 1
             if self.left == 0:
-                print(json.dumps({"seconds": self.seconds}), flush=True)
+                say({"seconds": self.seconds})
 
     return Orders()
+
+
+def matmul_rate(torch, kind, size: int = 2048, repeats: int = 9) -> float:
+    """FLOPs per second of products of square matrices of a type: the median."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    left = torch.ones((size, size), dtype=kind, device=device)
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        (left @ left).sum().item()
+        seconds.append(time.perf_counter() - start)
+    return 2.0 * size**3 / sorted(seconds[1:])[repeats // 2]
+
+
+def lengths(step: Sequence[dict[str, Any]], parts: Sequence[str]) -> list[tuple[int, int]]:
+    """Tokens of each row of a batch, and of its completion."""
+    return [
+        (len(example["prompt"]) + len(example[part]), len(example[part]))
+        for part in parts
+        for example in step
+    ]
+
+
+def count(shape: dict[str, Any], run: dict[str, Any], name: str) -> dict[str, Any]:
+    """Positions of all steps ("computed"), and, of models whose layers are known, FLOPs of their
+    matrix products by type ("flops").
+    """
+    computed, flops = 0, {"float32": 0.0, "bfloat16": 0.0}
+    for step in run["steps"]:
+        for part in [PAIR] if run["loss"] != "kto" else [("completion",), ("mismatched",)]:
+            batch = lengths(step, part)
+            computed += len(batch) * max(length for length, _ in batch)
+            for kind, number in count_flops(shape, batch, run["loss"], part[0], name).items():
+                flops[kind] += number
+    counted = shape["model_type"] in COUNTED
+    return {"computed": computed, **({"flops": flops} if counted else {})}
+
+
+def count_flops(
+    shape: dict[str, Any], batch: Sequence[tuple[int, int]], loss: str, part: str, name: str
+) -> dict[str, float]:
+    """FLOPs of a padded batch [R, L] through policy and reference, by type.
+
+    A gradient costs two forward passes; checkpointed layers run forward once more, but for their
+    last product; the head of DPO and KTO computes its logits twice, and its gradients in float32
+    whatever the type.
+    """
+    rows, tokens = len(batch), max(length for length, _ in batch)
+    width, heads, layers = (
+        shape[key] for key in ("hidden_size", "num_attention_heads", "num_hidden_layers")
+    )
+    head_dim = shape.get("head_dim") or width // heads
+    attention = 2 * width * head_dim * (heads + shape["num_key_value_heads"])
+    body = 2 * layers * (attention + 3 * width * shape["intermediate_size"]) * rows * tokens
+    body += 4 * layers * heads * head_dim * rows * tokens**2
+    is_compact = name != "trl" and loss in ("dpo", "kto")
+    scored = sum(answer for _, answer in batch) if is_compact else rows * (tokens - 1)
+    head = 2 * width * shape["vocab_size"] * scored
+    again = 0
+    if name == "trl":
+        again = body - 2 * layers * width * shape["intermediate_size"] * rows * tokens
+    found = {"float32": 0.0, "bfloat16": 0.0}
+    if part == "mismatched":
+        found[COMPUTE[name]] += 2 * (body + head)
+    elif loss in ("dpo", "kto"):
+        found[COMPUTE[name]] += 4 * body + again + 3 * head
+        found["float32"] += 2 * head
+    else:
+        found[COMPUTE[name]] += 3 * body + again + 3 * head
+    return found
 
 
 if __name__ == "__main__":

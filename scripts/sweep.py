@@ -8,7 +8,6 @@ With several processes, each is started with the same command, as with scripts.t
 import functools
 import os
 import sys
-from collections.abc import Callable
 
 from dpo_jax import addresses, flags, sweep
 
@@ -19,15 +18,17 @@ def main() -> int:
         address, arguments = addresses.parse(sys.argv[1:], os.environ)
     except ValueError as error:
         flags.stop(error)
-    return sweep.main(arguments, "python -m scripts.sweep", functools.partial(make_train, address))
+    start = functools.partial(make_training, address)
+    return sweep.main(arguments, "python -m scripts.sweep", start)
 
 
-def make_train(address: addresses.Address) -> Callable[..., None]:
-    """The function that trains a point, imported now: it imports jax."""
-    from dpo_jax import processes, task
+def make_training(address: addresses.Address) -> sweep.Training:
+    """How this process trains the points, imported now: it imports jax."""
+    from dpo_jax import processes, sweep_process
 
     processes.start(address)
-    return processes.ending_together()(task.run)
+    training = sweep_process.make_training()
+    return training._replace(train=processes.ending_together()(training.train))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from dpo_jax import inputs
 from dpo_jax.data import builtin, ladder, tokenise
 from tests import tiny
 
@@ -18,16 +19,29 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", None)
 
+CACHE_BYTES = 2**31
 SHAPES = ladder.MOST_SHAPES
 PACKING = {f"tests.test_{name}" for name in ("ladder", "pack", "rows", "steps")}
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The cache folder of this test run, so that the user's own is neither read nor written."""
+    """The cache folder of this test run, so that the user's own is neither read nor written.
+
+    Programs that took long to compile are kept for all of pytest-xdist's processes and those that
+    tests start.
+    """
     folder = tmp_path_factory.mktemp("cache")
+    mine = tmp_path_factory.getbasetemp()
+    compiled = (mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine) / "compiled"
+    compiled.mkdir(exist_ok=True)
+    (folder / "compiled").symlink_to(compiled)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DPO_JAX_CACHE", str(folder))
+        # only a cache of limited size is locked while a file is read or written
+        patch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", str(CACHE_BYTES))
+        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+        inputs.enable_compile_cache(str(folder / "compiled"))
         yield folder
 
 

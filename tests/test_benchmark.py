@@ -11,9 +11,21 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import benchmark, benchmark_layouts, benchmark_logps, config, logps, sharding
+from dpo_jax import (
+    benchmark,
+    benchmark_flops,
+    benchmark_layouts,
+    benchmark_logps,
+    benchmark_peers,
+    benchmark_table,
+    config,
+    logps,
+    losses,
+    sharding,
+)
 from dpo_jax.data import pack
 from dpo_jax.model import decoder, presets
+from scripts import benchmark_trl, benchmark_tunix
 from tests import tiny
 
 
@@ -48,7 +60,22 @@ def test_the_floor_counts_each_distinct_token_scored_token_and_visible_pair_once
     # the prompt's 1 + 2 + 3; then 4 + 5, and 4 + 5 + 6 + 7
     pairs = 6 + 9 + 22
     forward = 2 * body * 9 + 2 * 24 * 40 * 6 + 2 * 4 * 24 * pairs
-    assert benchmark.floor_flops(shape, data, np.array([0])) == 4 * forward
+    chosen = np.array([0])
+    assert benchmark_flops.floor_flops(shape, data, chosen) == 4 * forward
+    found = benchmark_flops.floor_flops(shape, data, chosen, has_reference=False)
+    assert found == 3 * forward
+
+
+def test_the_floor_has_no_gradient_of_mismatched_completions(draw_examples):
+    data = draw_examples(1, ("completion", "mismatched"))
+    data = dataclasses.replace(
+        data, prompts=np.array([[0, 3]]), completions=np.array([[[3, 5], [5, 9]]])
+    )
+    body, head = 2 * (2 * 24 * 24 + 2 * 24 * 12 + 3 * 24 * 32), 24 * 40
+    # of the prompt and the completion four times, of the mismatched one twice
+    expected = 2 * body * (4 * (3 + 2) + 2 * 4) + 2 * head * (4 * 2 + 2 * 4)
+    expected += 2 * 4 * 24 * (4 * (6 + 9) + 2 * 22)
+    assert benchmark_flops.floor_flops(tiny.DECODER, data, np.array([0])) == expected
 
 
 def test_flops_of_steps_are_of_each_batchs_shape_on_all_devices():
@@ -84,6 +111,8 @@ def test_a_run_is_trimmed_to_its_steps(folder, tmp_path):
 
 RECORD = {
     "settings": {"batch_size": 8},
+    "left_out": ["tunix is left out: it has no loss kto"],
+    "loss": "kto",
     "model": "tiny",
     "data": "rows.jsonl",
     "dtype": "float32",
@@ -93,27 +122,90 @@ RECORD = {
     "matmul_flops_per_second": 4e9,
     "results": [
         {"name": "packed", "rates": [1000.0, 900.0, 1100.0], "fill": 0.9, "first_step": 4.0}
-        | {"compile": 3.0, "peak": 2**30, "flops": 3e6, "uncounted": ["loop while.1", "fft f"]},
+        | {"compile": 3.0, "peak": 2**30, "flops": {"float32": 3e6}, "products": {}, "loss": 0.5}
+        | {"uncounted": ["loop while.1", "fft f"]},
         {"name": "trl", "rates": [100.0, 180.0, 55.0], "fill": None, "first_step": 9.0}
-        | {"compile": None, "peak": 2**31, "flops": None, "uncounted": []},
+        | {"compile": None, "peak": 2**31, "flops": {"float32": 1e6, "bfloat16": 8e6}, "loss": 0.5}
+        | {"products": {"float32": 2e9, "bfloat16": 8e9}, "uncounted": []},
+        {"name": "other", "rates": [100.0, 90.0, 110.0], "fill": None, "first_step": 9.0}
+        | {"compile": None, "peak": 2**31, "flops": {}, "products": {}, "uncounted": [], "loss": 1},
     ],
 }
 
 
 def test_the_table_has_medians_and_ratios_round_by_round():
-    table = benchmark.describe(RECORD).splitlines()
+    table = benchmark_table.describe(RECORD).splitlines()
     # 3 MFLOP where the floor is 2
-    numbers = "1.00 | 90.0% | 1.50 | 50% | 1.00 GiB | 4.0 s | 3.0 s |"
+    numbers = "1.00 | 1.00 | 100% | 90.0% | 1.50 | 50% | 1.00 GiB | 4.0 s | 3.0 s |"
     assert f"| packed | 1,000 (900 to 1,100) | {numbers}" in table
-    # 10, 5 and 20
-    assert "| trl | 100 (55 to 180) | 10.00 |  |  | 5% | 2.00 GiB | 9.0 s |  |" in table
+    # 10, 5 and 20; 0.5 and 1 ms of products where packed has 3 / 4 ms: of a bound of 2, five times
+    numbers = "10.00 | 2.00 | 500% |  | 4.50 | 5% | 2.00 GiB | 9.0 s |  |"
+    assert f"| trl | 100 (55 to 180) | {numbers}" in table
+    assert "| other | 100 (90 to 110) | 10.00 |  |  |  |  | 5% | 2.00 GiB | 9.0 s |  |" in table
+    assert "tunix is left out: it has no loss kto" in table
+    assert "Loss of the first step: packed 0.5000, trl 0.5000, other 1.0000." in table
     assert table[-1] == "Not in the FLOPs of packed: loop while.1; fft f."
+
+
+def test_no_bound_is_told_from_a_rate_that_was_not_measured():
+    assert benchmark_flops.shortest_time({"bfloat16": 1e9}, {"float32": 1e9}) is None
+    assert benchmark_flops.shortest_time({"bfloat16": 0.0, "float32": 2e9}, {"float32": 1e9}) == 2
+
+
+def test_peers_that_lack_the_loss_are_left_out_by_name(folder, tmp_path):
+    run = tiny.experiment(folder, tmp_path, loss=config.Loss(losses.kto))
+    found, left_out = benchmark_peers.commands({"trl-fast": "p", "tunix": "q"}, run, "f")
+    assert list(found) == ["trl-fast"] and found["trl-fast"][2:] == ["f", "trl-fast"]
+    assert Path(found["trl-fast"][1]).is_file()
+    assert left_out == ["tunix is left out: it has no loss kto"]
+    with pytest.raises(ValueError, match="there is no peer 'trl-fats'"):
+        benchmark_peers.commands({"trl-fats": "p"}, run, "f")
+
+
+def test_layouts_that_the_run_cannot_have_are_left_out_by_name(folder, tmp_path):
+    run = tiny.experiment(folder, tmp_path, loss=config.Loss(losses.orpo_prompt))
+    run = run.replace(reference=config.Reference(source=None))
+    found, left_out = benchmark_layouts.possible(run, ["packed", "cached", "padded"])
+    assert found == ["packed"]
+    assert [line.split(" is left out")[0] for line in left_out] == ["cached", "padded"]
+
+
+def test_peers_are_given_the_token_ids_and_numbers_of_each_steps_examples(draw_examples, tmp_path):
+    data = draw_examples(4, ("completion", "mismatched"))
+    loss = config.Loss(losses.kto, beta=0.2)
+    benchmark_peers.write_examples(tmp_path, loss, data, [np.array([2, 1])])
+    record = json.loads((tmp_path / "examples.json").read_text())
+    assert (record["loss"], record["hyperparameters"]["beta"]) == ("kto", 0.2)
+    ((first, second),) = record["steps"]
+    assert (first["desirable"], second["desirable"]) == (1.0, 0.0)
+    start, stop = data.completions[2, 1]
+    assert first["mismatched"] == data.tokens[start:stop].tolist()
+    assert first["prompt"] == data.tokens[slice(*data.prompts[2])].tolist()
 
 
 def test_a_contender_that_ends_is_an_error_with_its_exit_code():
     command = [sys.executable, "-c", "print('words'); raise SystemExit(3)"]
     with pytest.raises(ValueError, match="packed ended with exit code 3"):
         benchmark.race({"packed": command}, "", [], benchmark.Settings())
+
+
+def test_lines_of_a_contender_that_are_no_answers_are_passed_over():
+    program = """
+import json, sys
+def say(message): print("benchmark: " + json.dumps(message))
+say({"ready": True, "first_step": 2.0, "loss": 0.5})
+sys.stdout.flush()
+for line in sys.stdin:
+    print(json.dumps({"steps": 0}))
+    say({"seconds": [0.5] * json.loads(line)["steps"]})
+    sys.stdout.flush()
+print({"train_runtime": "3.1"})
+print(json.dumps({"peak": 0}))
+say({"peak": 7})
+"""
+    settings = benchmark.Settings(rounds=2, steps=1)
+    (found,) = benchmark.race({"trl": [sys.executable, "-c", program]}, "", [10, 20], settings)
+    assert (found.rates, found.first_step, found.peak) == ([20.0, 40.0], 2.0, 7)
 
 
 @pytest.mark.slow
@@ -137,7 +229,7 @@ def test_layouts_race_from_the_command_line(folder: Path, tmp_path: Path):
     assert found["padded"]["fill"] < found["packed"]["fill"] == found["cached"]["fill"]
     assert all(result["peak"] > 1e7 for result in found.values())
     floor = record["floor_flops_per_useful_token"]
-    shares = {name: result["flops"] / floor for name, result in found.items()}
+    shares = {name: result["flops"]["float32"] / floor for name, result in found.items()}
     # a cached reference saves a quarter, but for what is computed twice and in vain
     assert 0.75 < shares["cached"] < shares["packed"] < shares["plain"] < shares["padded"] < 10
     assert all(result["uncounted"] == [] for result in found.values())
@@ -147,7 +239,7 @@ def test_layouts_race_from_the_command_line(folder: Path, tmp_path: Path):
 def test_every_preset_has_a_floor(draw_examples):
     data = draw_examples(3)
     for shape in presets.PRESETS.values():
-        assert benchmark.floor_flops(shape, data, np.arange(3)) > 0
+        assert benchmark_flops.floor_flops(shape, data, np.arange(3)) > 0
 
 
 def test_layouts_are_named_for_the_command_line():
@@ -174,3 +266,70 @@ def test_the_ratio_of_stripes_to_all_logits_is_the_median_of_the_rounds():
         benchmark_logps.describe(result)
         == "| 288 | 512 | 50,304 | apart, trained | 2.000 s | 2.000 s | 0.90 |"
     )
+
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_hidden_layers": 3,
+    "intermediate_size": 10,
+    "vocab_size": 100,
+}
+
+
+def test_flops_of_padded_rows_are_those_of_policy_and_reference_by_type():
+    # two rows of 7 tokens, of which 3 and 2 are scored
+    body = 2 * 3 * (2 * 8 * 4 * 3 + 3 * 8 * 10) * 14 + 4 * 3 * 2 * 4 * 2 * 49
+    head = 2 * 8 * 100
+    # checkpointed layers leave their last product out
+    again = body - 2 * 3 * 8 * 10 * 14
+    batch = [(7, 3), (6, 2)]
+    found = benchmark_trl.count_flops(LLAMA, batch, "dpo", "chosen", "trl-fast")
+    assert found == {"float32": 4 * body + 5 * 5 * head, "bfloat16": 0.0}
+    found = benchmark_trl.count_flops(LLAMA, batch, "dpo", "chosen", "trl")
+    assert found == {"float32": 2 * 12 * head, "bfloat16": 4 * body + again + 3 * 12 * head}
+    found = benchmark_trl.count_flops(LLAMA, batch, "kto", "mismatched", "trl-bf16")
+    assert found == {"float32": 0.0, "bfloat16": 2 * (body + 5 * head)}
+    found = benchmark_trl.count_flops(LLAMA, batch, "orpo", "chosen", "trl-fast")
+    assert found == {"float32": 3 * body + 3 * 12 * head, "bfloat16": 0.0}
+
+
+def test_prompts_for_tunix_are_padded_on_the_left_and_completions_on_the_right():
+    steps = [
+        [{"prompt": [1, 2], "chosen": [3], "rejected": [4, 5, 6]}],
+        [{"prompt": [7, 8, 9], "chosen": [1], "rejected": [2]}],
+    ]
+    first, second = benchmark_tunix.pad(steps, "tunix")
+    assert first["prompt_ids"].tolist() == [[0, 1, 2]]
+    assert first["prompt_mask"].tolist() == [[0, 1, 1]]
+    assert first["chosen_ids"].tolist() == [[3, 0, 0]]
+    assert second["rejected_ids"].tolist() == [[2, 0, 0]]
+    assert second["rejected_mask"].tolist() == [[1, 0, 0]]
+    assert benchmark_tunix.padded_length(benchmark_tunix.pad(steps, "tunix-fast")[0]) == 256
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("loss", ["dpo", "kto", "orpo"])
+def test_trl_runs_the_same_examples_from_the_same_weights(loss: str, folder: Path, tmp_path: Path):
+    command = [
+        *(sys.executable, "-m", "scripts.benchmark", f"experiments/{loss}.py"),
+        *("--layouts", "padded", "--peer", f"trl-fast={sys.executable}"),
+        *("--rounds", "1", "--steps", "1", "--json", str(tmp_path / "record.json")),
+        *("--data.source", str(folder / "train.jsonl"), "--data.max-length", "128"),
+        *("--data.tokenizer", str(folder / "tokenizer"), "--model.source", "tiny"),
+        *("--batch-size", "8", *(() if loss == "orpo" else ("--reference.no-cached",))),
+    ]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        command, cwd=tiny.ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "record.json").read_text())
+    own, other = record["results"]
+    # ORPO's NLL is over other tokens there: of random weights, all are as likely
+    tolerance = 1e-2 if loss == "orpo" else 1e-5
+    assert other["loss"] == pytest.approx(own["loss"], rel=tolerance)
+    assert other["peak"] > 1e7 and min(other["rates"]) > 0
+    assert other["products"]["float32"] > 1e8

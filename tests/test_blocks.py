@@ -185,7 +185,16 @@ def test_rows_that_do_not_divide_are_computed_too(ids, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "remat"), [*((name, "none") for name in test_lora.MODELS), ("llama", "full")]
+    ("name", "remat"),
+    [
+        ("llama", "none"),
+        ("llama", "full"),
+        # of two windows
+        ("gemma3", "none"),
+        # they attend as llama does
+        pytest.param("gpt2", "none", marks=pytest.mark.slow),
+        pytest.param("mixture", "none", marks=pytest.mark.slow),
+    ],
 )
 def test_a_decoder_with_blocks_gives_what_it_gives_without(monkeypatch, name, remat):
     monkeypatch.setattr(blocks, "BLOCK", 8)

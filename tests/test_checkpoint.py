@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dpo_jax import assemble, checkpoint, config, contract, optimizer, sharding
+from dpo_jax import checkpoint, config, optimizer, programs, sharding
 from dpo_jax.model.presets import PRESETS
 
 
@@ -29,14 +29,15 @@ def items_on(mesh: Mesh, params: dict) -> dict:
     in bfloat16.
     """
     tx = optimizer.make(config.Optimizer(moments_dtype="bfloat16"))
-    state, _ = assemble.make_state(sharding.place(params, mesh), tx, contract.Needs(), mesh)
+    placed = sharding.place(params, mesh)
+    moments = programs.make_start(tx, programs.shardings(placed, tx, mesh))(placed)
     generator = np.random.default_rng(1)
 
     def fill(leaf):
         drawn = 100 * generator.random(leaf.shape)
         return jax.device_put(drawn.astype(leaf.dtype), leaf.sharding)
 
-    return {"params": state.params, "opt_state": jax.tree.map(fill, state.opt_state)}
+    return {"params": placed, "opt_state": jax.tree.map(fill, moments)}
 
 
 @pytest.fixture(scope="module")
@@ -104,13 +105,9 @@ def test_other_arrays_are_refused_with_their_names(saved):
 def test_the_moments_of_another_optimizer_are_refused(saved):
     folder, items = saved
     mesh = one_device()
-    other, _ = assemble.make_state(
-        items["params"],
-        optimizer.make(config.Optimizer(kind="adafactor")),
-        contract.Needs(),
-        mesh,
-    )
-    wanted = checkpoint.abstract({**items, "opt_state": other.opt_state})
+    tx = optimizer.make(config.Optimizer(kind="adafactor"))
+    other = programs.make_start(tx, programs.shardings(items["params"], tx, mesh))(items["params"])
+    wanted = checkpoint.abstract({**items, "opt_state": other})
     with checkpoint.make_checkpointer(folder, config.Checkpoint()) as checkpointer:
         with pytest.raises(ValueError, match="opt_state/1/0/v/embedding is not in it"):
             checkpoint.restore(checkpointer, 7, wanted)

@@ -89,6 +89,8 @@ def apply(model: decoder.Decoder, params: dict, *arguments: Any) -> Any:
 
 
 jitted = jax.jit(apply, static_argnums=0)
+# traced once for all tests
+shapes = functools.cache(decoder.shapes)
 
 
 def run(config: DecoderConfig, params: dict, tokens, ids: Ids, **options: Any) -> np.ndarray:
@@ -170,10 +172,18 @@ def test_a_packed_prefix_shared_row_gives_the_hidden_states_of_separate_rows(con
     branch = np.array([[0, 0, 0, 1, 1, 2, 2, 2, 0, 1, 1, 0, 0]], np.int32)
     position = np.array([[0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 2, 0, 0]], np.int32)
     params, tokens = draw_params(config), draw_tokens(example.shape)
-    packed = run(config, params, tokens, Ids(example, branch, position))[0]
-    for indices in ([0, 1, 2, 3, 4], [0, 1, 2, 5, 6, 7], [8, 9, 10]):
-        alone = run(config, params, tokens[:, indices], plain_ids(1, len(indices)))[0]
-        np.testing.assert_allclose(packed[indices], alone, rtol=1e-5, atol=1e-5)
+    # each sequence in a row of its own, below the packed row: one program for all
+    rows = [(tokens[0], Ids(example[0], branch[0], position[0]))]
+    sequences = ([0, 1, 2, 3, 4], [0, 1, 2, 5, 6, 7], [8, 9, 10])
+    for indices in sequences:
+        padding = (0, example.shape[1] - len(indices))
+        ids = (array[0] for array in plain_ids(1, len(indices)))
+        rows.append((np.pad(tokens[0, indices], padding), Ids(*(np.pad(x, padding) for x in ids))))
+    stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *rows)
+    packed, *apart = run(config, params, *stacked)
+    for indices, alone in zip(sequences, apart, strict=True):
+        expected = alone[: len(indices)]
+        np.testing.assert_allclose(packed[indices], expected, rtol=1e-5, atol=1e-5)
     assert np.isfinite(packed).all()
 
 
@@ -247,8 +257,8 @@ def test_a_prefilled_cache_is_where_the_next_tokens_look():
 @pytest.mark.parametrize(
     "name",
     [
-        "plain",
         "one block",
+        pytest.param("plain", marks=pytest.mark.slow),
         pytest.param("blocks and a remainder", marks=pytest.mark.slow),
         pytest.param("experts", marks=pytest.mark.slow),
     ],
@@ -341,8 +351,8 @@ PUBLISHED_COUNTS = {
 
 def test_published_models_have_their_published_parameter_counts():
     for name, count in PUBLISHED_COUNTS.items():
-        shapes = decoder.shapes(PRESETS[name])
-        assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count, name
+        leaves = jax.tree.leaves(shapes(PRESETS[name]))
+        assert sum(leaf.size for leaf in leaves) == count, name
 
 
 CONFIGS = {**PRESETS, **FEATURES}
@@ -351,7 +361,7 @@ CONFIGS = {**PRESETS, **FEATURES}
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configs_count_their_parameters_and_every_one_has_logical_axes(name):
     config = CONFIGS[name]
-    params = decoder.shapes(config)
+    params = dict(shapes(config))
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == model_config.parameter_count(
         config
     )

@@ -154,6 +154,23 @@ def test_more_shapes_never_cost_more_and_every_sampled_step_fits_one():
     assert fills == sorted(fills)
 
 
+def test_a_shape_is_taken_where_the_run_is_long_enough_to_be_worth_compiling_it():
+    sampled, longest = draw(60, 8), rows.Most(199, 198)
+    layouts = {
+        number: ladder.climb(sampled, 1, longest, number) for number in (1, 20, 100, 1000, 10**6)
+    }
+    counts = [len(found.shapes) for found in layouts.values()]
+    assert counts == sorted(counts) and counts[:2] == [1, 1] and counts[-1] == 4
+    # what is saved by the shapes that are taken is worth it, and by one more would not be
+    costs = [1 / one.tokens for one in layouts[10**6].curve]
+    assert all(found.curve == layouts[1].curve for found in layouts.values())
+    for number, count in zip(layouts, counts, strict=True):
+        if count > 1:
+            assert number * (costs[count - 2] / costs[count - 1] - 1) > ladder.WORTH_A_COMPILE / 2
+        if count < 4:
+            assert number * (1 - costs[count] / costs[count - 1]) < ladder.WORTH_A_COMPILE * 2
+
+
 def test_the_largest_shape_has_room_for_the_longest_example_though_no_step_has_it():
     found = ladder.climb(draw(20, 4), 4, rows.Most(901, 455))
     largest = found.shapes[-1]

@@ -45,6 +45,14 @@ def spans_of(batch: dict, names: tuple[str, ...]) -> dict[tuple[int, int], list[
     return found
 
 
+def test_seeds_of_a_sweep_have_the_same_shapes(draw_examples):
+    data = draw_examples(200, seed=1, tokens=(1, 60))
+    first, second = (pack.plan(data, 8, 2, seed=seed) for seed in (0, 5))
+    assert first.ladder == second.ladder and (first.seed, second.seed) == (0, 5)
+    first, second = (pack.plan_by_tokens(data, 2048, 2, seed, 9) for seed in (0, 5))
+    assert first.ladder == second.ladder and (first.seed, second.seed) == (0, 5)
+
+
 def test_a_batch_is_a_function_of_data_seed_step_and_parts(draw_examples):
     data = draw_examples(50, seed=1)
     plan = pack.plan(data, 8, 2, seed=3)

@@ -1,8 +1,10 @@
 """The points of a sweep and what becomes of each."""
 
+import gc
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +203,25 @@ def test_a_failing_point_does_not_stop_the_rest_and_is_tried_again(file, root, c
     assert f"resuming {NAMES[1]}" in capsys.readouterr().out
 
 
+def test_what_a_failing_point_has_made_is_gone_before_the_next_starts(file, root):
+    made: list[weakref.ref[Trainer]] = []
+
+    def train(experiment: config.Experiment, experiment_file: Path) -> None:
+        assert [one() for one in made] == [None] * len(made)
+        state = Trainer()
+        made.append(weakref.ref(state))
+        # its traceback has this function's variables, of which it is one
+        error = ValueError("out of memory")
+        raise error
+
+    gc.disable()
+    try:
+        failures = sweep.run(points(file, root), train)
+    finally:
+        gc.enable()
+    assert {failure.reason for failure in failures} == {"ValueError: out of memory"}
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143)])
 def test_an_interrupt_stops_the_sweep(file, root, error):
     trainer = Trainer(error, at=NAMES[1])
@@ -255,7 +276,9 @@ def test_the_listing_has_index_status_and_name(file, root):
 
 
 def main(file: Path, root: str, trainer: Any, *arguments: str) -> int:
-    return sweep.main([str(file), "--workdir", root, *arguments], "sweep", lambda: trainer)
+    return sweep.main(
+        [str(file), "--workdir", root, *arguments], "sweep", lambda: sweep.Training(trainer, str)
+    )
 
 
 def test_the_exit_code_is_one_if_a_point_failed_and_the_reasons_come_last(file, root, capsys):

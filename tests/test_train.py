@@ -125,7 +125,7 @@ def test_batches_are_made_ahead_and_no_further_once_the_run_stops(
 
 
 def test_a_finished_run_is_left_alone(folder: Path, tmp_path: Path, capsys):
-    run = tiny.experiment(folder, tmp_path / "run", steps=1, evaluate_every=None)
+    run = tiny.experiment(folder, tmp_path / "run", steps=1, **ALONE)
     train.train(run, tiny.FILE)
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     train.train(run, tiny.FILE)
@@ -134,10 +134,8 @@ def test_a_finished_run_is_left_alone(folder: Path, tmp_path: Path, capsys):
 
 
 def test_a_folder_of_another_config_is_refused_with_the_difference(folder: Path, tmp_path: Path):
-    train.train(tiny.experiment(folder, tmp_path / "run", steps=1, evaluate_every=None), tiny.FILE)
-    other = tiny.experiment(
-        folder, tmp_path / "run", steps=1, evaluate_every=None, **{"loss.beta": 0.5}
-    )
+    train.train(tiny.experiment(folder, tmp_path / "run", steps=1, **ALONE), tiny.FILE)
+    other = tiny.experiment(folder, tmp_path / "run", steps=1, **ALONE, **{"loss.beta": 0.5})
     with pytest.raises(ValueError, match=r"loss\.beta: 0\.1 in the folder, 0\.5 now"):
         train.train(other, tiny.FILE)
 
@@ -248,27 +246,22 @@ def test_one_device_and_eight_give_the_same_losses(folder: Path, tmp_path: Path)
         )
 
 
-@pytest.mark.parametrize("what", ["training rows", "initial policy"])
-def test_a_run_whose_inputs_have_changed_is_not_gone_on_with(
-    what: str, folder: Path, tmp_path: Path
-):
+def test_a_run_whose_inputs_have_changed_is_not_gone_on_with(folder: Path, tmp_path: Path):
     rows = (folder / "train.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "rows.jsonl").write_text("".join(rows))
-    start = tiny.experiment(folder, tmp_path / "start", steps=1, evaluate_every=None)
+    start = tiny.experiment(folder, tmp_path / "start", steps=1, **ALONE)
     train.train(start, tiny.FILE)
-    run = tiny.experiment(
-        folder,
-        tmp_path / "run",
-        **{"data.source": str(tmp_path / "rows.jsonl"), "model.source": str(tmp_path / "start")},
-    )
+    sources = {"data.source": str(tmp_path / "rows.jsonl"), "model.source": str(tmp_path / "start")}
+    run = tiny.experiment(folder, tmp_path / "run", steps=1, **ALONE, **sources)
     train.train(run, tiny.FILE)
     (tmp_path / "run" / "DONE").unlink()
-    if what == "training rows":
-        (tmp_path / "rows.jsonl").write_text("".join(rows[::-1]))
-    else:
-        shutil.rmtree(tmp_path / "start")
-        train.train(start.replace(seed=1), tiny.FILE)
-    with pytest.raises(ValueError, match=f"was started with other {what}"):
+    (tmp_path / "rows.jsonl").write_text("".join(rows[::-1]))
+    with pytest.raises(ValueError, match="was started with other training rows: "):
+        train.train(run, tiny.FILE)
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    shutil.rmtree(tmp_path / "start")
+    train.train(start.replace(seed=1), tiny.FILE)
+    with pytest.raises(ValueError, match="was started with other initial policy and reference: "):
         train.train(run, tiny.FILE)
 
 
@@ -391,17 +384,13 @@ def test_a_reference_that_is_not_the_policy_at_step_0_stops_the_run(
 
     monkeypatch.setattr("dpo_jax.reference.live", shifted)
     with pytest.raises(ValueError, match=r"at step 0 .* differ by up to 1 nats a token"):
-        train.train(tiny.experiment(folder, tmp_path / "run"), tiny.FILE)
+        train.train(tiny.experiment(folder, tmp_path / "run", **ALONE), tiny.FILE)
 
 
 def test_a_run_starts_from_another_run_and_has_it_as_reference(folder: Path, tmp_path: Path):
-    train.train(tiny.experiment(folder, tmp_path / "first", steps=2), tiny.FILE)
-    second = tiny.experiment(
-        folder,
-        tmp_path / "second",
-        steps=1,
-        **{"model.source": str(tmp_path / "first"), "data.tokenizer": None},
-    )
+    train.train(tiny.experiment(folder, tmp_path / "first", steps=1, **ALONE), tiny.FILE)
+    sources = {"model.source": str(tmp_path / "first"), "data.tokenizer": None}
+    second = tiny.experiment(folder, tmp_path / "second", steps=1, **ALONE, **sources)
     train.train(second, tiny.FILE)
     np.testing.assert_allclose(lines(tmp_path / "second")[1]["loss"], np.log(2), rtol=1e-5)
 
@@ -410,7 +399,7 @@ def test_a_reference_that_becomes_the_policy_at_each_step_is_never_left(
     folder: Path, tmp_path: Path
 ):
     moving = {"reference.update_every": 1, "reference.update_weight": 1.0}
-    train.train(tiny.experiment(folder, tmp_path, steps=3, **moving), tiny.FILE)
+    train.train(tiny.experiment(folder, tmp_path, steps=3, **ALONE, **moving), tiny.FILE)
     found = lines(tmp_path)
     np.testing.assert_allclose([line["loss"] for line in found[1:]], np.log(2), rtol=1e-5)
     assert found[-1]["logps/chosen"] != found[1]["logps/chosen"]
@@ -418,7 +407,7 @@ def test_a_reference_that_becomes_the_policy_at_each_step_is_never_left(
 
 def test_a_reference_moves_by_its_share_at_its_steps(folder: Path, tmp_path: Path):
     moving = {"reference.update_every": 2, "reference.update_weight": 0.25}
-    changes = {"steps": 3, "checkpoint_every": 1, "checkpoint.keep": 3, "evaluate_every": None}
+    changes = {**ALONE, "steps": 3, "checkpoint_every": 1, "checkpoint.keep": 3}
     run = tiny.experiment(folder, tmp_path, **changes, **moving)
     train.train(run, tiny.FILE)
     mesh = sharding.make_mesh(config.Mesh(), jax.devices())
@@ -455,6 +444,6 @@ def test_samples_are_written_with_their_metrics(folder: Path, tmp_path: Path):
 
 
 def test_the_profiler_traces_its_window(folder: Path, tmp_path: Path):
-    changes = {"profile.start": 1, "profile.steps": 2, "steps": 4, "evaluate_every": None}
+    changes = {**ALONE, "profile.start": 1, "profile.steps": 2, "steps": 4}
     train.train(tiny.experiment(folder, tmp_path / "run", **changes), tiny.FILE)
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))

@@ -4,6 +4,7 @@ Dimensions: n sampled steps of b examples, c candidate shapes, B rows, L tokens,
 examples of a row at most.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,6 +16,9 @@ from dpo_jax.data import rows
 MOST_SHAPES = 4
 # a further one must save this share of the cost
 WORTH_A_SHAPE = 0.005
+# and over the run as much as so many steps cost, which is about what compiling it takes: 3 to 7 s
+# of two CPU cores, up to a minute of an accelerator's host
+WORTH_A_COMPILE = 20.0
 TOKENS_MULTIPLE = 32
 SCORED_MULTIPLE = 16
 # rows that hold so many times the longest example are tried
@@ -70,8 +74,8 @@ class Candidates(NamedTuple):
     fits: np.ndarray  # bool [c, n]
 
 
-def climb(steps: rows.Sizes, parts: int, longest: rows.Most) -> Ladder:
-    """Chooses shapes whose rows are a multiple of `parts` for steps like these [n, b].
+def climb(steps: rows.Sizes, parts: int, longest: rows.Most, number: float = math.inf) -> Ladder:
+    """Chooses shapes whose rows are a multiple of `parts` for a number of steps like these [n, b].
 
     The largest has room for the tokens and the scored tokens of `longest` in each row, so that it
     holds any step once it has enough rows.
@@ -79,34 +83,39 @@ def climb(steps: rows.Sizes, parts: int, longest: rows.Most) -> Ladder:
     tokens = steps.tokens.sum(axis=1).mean()
     wanted = [round(tokens / (longest.tokens * length) / parts) * parts for length in LENGTHS]
     layouts = [lay_out(steps, number) for number in sorted({max(one, parts) for one in wanted})]
-    return choose(steps, make_candidates(layouts), longest)
+    return choose(steps, make_candidates(layouts), longest, number)
 
 
 def climb_within(
-    cut: Callable[[int], rows.Sizes], positions: int, parts: int, longest: rows.Most
+    cut: Callable[[int], rows.Sizes],
+    positions: int,
+    parts: int,
+    longest: rows.Most,
+    number: float = math.inf,
 ) -> tuple[Ladder, int]:
-    """Chooses shapes of at most so many positions, rows a multiple of `parts`, and the tokens at
-    which a step ends.
+    """Chooses shapes of at most so many positions, rows a multiple of `parts`, for a number of
+    steps, and the tokens at which a step ends.
 
     `cut` gives sampled steps [n, b] that end at a number of tokens. ValueError where there is no
     room for the longest example in a row.
     """
     found: list[tuple[float, Ladder, int]] = []
-    for number in sorted({row_count(positions, parts, longest, one) for one in FULL_LENGTHS}):
-        tokens = positions // number // TOKENS_MULTIPLE * TOKENS_MULTIPLE
+    for count in sorted({row_count(positions, parts, longest, one) for one in FULL_LENGTHS}):
+        tokens = positions // count // TOKENS_MULTIPLE * TOKENS_MULTIPLE
         if tokens < longest.tokens:
             continue
-        steps = cut(int(number * tokens * FIRST_SHARE))
-        means = steps.tokens.sum(axis=1) / number
-        uneven = float(np.quantile(lay_out(steps, number).tokens / means, UNEVEN))
-        limit = int(number * tokens / uneven)
+        steps = cut(int(count * tokens * FIRST_SHARE))
+        means = steps.tokens.sum(axis=1) / count
+        uneven = float(np.quantile(lay_out(steps, count).tokens / means, UNEVEN))
+        limit = int(count * tokens / uneven)
         steps = cut(limit)
-        layout = lay_out(steps, number)
+        layout = lay_out(steps, count)
         # the few that are over it by a little are laid out once more when their shape is known
         layout = layout._replace(tokens=np.minimum(layout.tokens, tokens))
         candidates = make_candidates([layout])
         costs = step_costs(candidates, pick(candidates, MOST_SHAPES))
-        found.append((costs.sum() / steps.tokens.sum(), choose(steps, candidates, longest), limit))
+        chosen = choose(steps, candidates, longest, number)
+        found.append((costs.sum() / steps.tokens.sum(), chosen, limit))
     if not found:
         least = parts * round_up(longest.tokens, TOKENS_MULTIPLE)
         raise ValueError(
@@ -123,12 +132,13 @@ def row_count(positions: int, parts: int, longest: rows.Most, length: float) -> 
     return max(int(positions / (longest.tokens * length) / parts) * parts, parts)
 
 
-def choose(steps: rows.Sizes, candidates: Candidates, longest: rows.Most) -> Ladder:
-    """The ladder of as many of the candidates as are worth it."""
+def choose(steps: rows.Sizes, candidates: Candidates, longest: rows.Most, number: float) -> Ladder:
+    """The ladder of as many of the candidates as are worth it in a number of steps."""
     picks = [pick(candidates, count) for count in range(1, MOST_SHAPES + 1)]
     costs = [step_costs(candidates, picked).mean() for picked in picks]
     count = 0
-    while count + 1 < MOST_SHAPES and costs[count + 1] < costs[count] * (1 - WORTH_A_SHAPE):
+    worth = max(WORTH_A_SHAPE, WORTH_A_COMPILE / number)
+    while count + 1 < MOST_SHAPES and costs[count + 1] < costs[count] * (1 - worth):
         count += 1
     picked = sorted(picks[count], key=lambda one: candidates.cost[one])
     shapes = [candidates.shapes[one] for one in picked]

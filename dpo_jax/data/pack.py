@@ -8,6 +8,7 @@ completions of an example, N = B * E slots for examples.
 import dataclasses
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -26,6 +27,9 @@ FEWEST_SAMPLED, MOST_SAMPLED = 16, 384
 # among so many times as many steps the largest are looked for, this many by tokens and as many by
 # scored tokens
 LOOKED_THROUGH, LARGEST = 4, 4
+# of the order in which they are tried out, whatever the run's, so that runs that differ in theirs
+# compile the same shapes
+TRIED_SEED = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,20 +57,22 @@ def plan(
     parts: int,
     seed: int,
     *,
+    number: float = math.inf,
     scores_prompt: bool = False,
 ) -> Plan:
     """Chooses the shapes for steps of so many examples, from the lengths alone, so that a typical
     step wastes least.
 
-    `parts` is batch shards times microbatches; the rows of every shape are a multiple of it.
+    `parts` is batch shards times microbatches; the rows of every shape are a multiple of it. In a
+    small number of steps, fewer shapes are worth compiling.
     With `scores_prompt`, the prompts' own tokens are scored too.
     """
     all_sizes = rows.sizes(data, scores_prompt)
     count = sampled_steps(batch_size)
     starts = steps.by_number(batch_size, count * LOOKED_THROUGH)
-    found = steps.sizes(all_sizes, starts, seed)
+    found = steps.sizes(all_sizes, starts, TRIED_SEED)
     sampled = rows.Sizes(found.tokens[:count], found.scored[:count])
-    climbed = data_ladder.climb(sampled, parts, most(all_sizes))
+    climbed = data_ladder.climb(sampled, parts, most(all_sizes), number)
     climbed = data_ladder.widen(climbed, largest(found))
     return Plan(batch_size, parts, seed, climbed.shapes, scores_prompt, climbed.curve)
 
@@ -88,10 +94,10 @@ def plan_by_tokens(
     count = sampled_steps(round(batch_tokens / all_sizes.tokens.mean()))
 
     def cut(limit: int) -> rows.Sizes:
-        starts = steps.by_tokens(all_sizes.tokens, limit, seed, count)
-        return steps.sizes(all_sizes, starts, seed)
+        starts = steps.by_tokens(all_sizes.tokens, limit, TRIED_SEED, count)
+        return steps.sizes(all_sizes, starts, TRIED_SEED)
 
-    climbed, limit = data_ladder.climb_within(cut, batch_tokens, parts, most(all_sizes))
+    climbed, limit = data_ladder.climb_within(cut, batch_tokens, parts, most(all_sizes), number)
     starts = steps.by_tokens(all_sizes.tokens, limit, seed, number)
     fewest = int(np.diff(starts).min())
     return Plan(fewest, parts, seed, climbed.shapes, scores_prompt, climbed.curve, starts)
@@ -106,9 +112,10 @@ def plan_run(
 ) -> Plan:
     """The plan of a run's training steps, counted in examples or in tokens as it says."""
     size, seed, tokens = experiment.batch_size, experiment.seed, experiment.batch_tokens
+    number = experiment.steps
     if tokens is None:
-        return plan(data, size, parts, seed, scores_prompt=scores_prompt)
-    return plan_by_tokens(data, tokens, parts, seed, experiment.steps, scores_prompt=scores_prompt)
+        return plan(data, size, parts, seed, number=number, scores_prompt=scores_prompt)
+    return plan_by_tokens(data, tokens, parts, seed, number, scores_prompt=scores_prompt)
 
 
 def sampled_steps(examples: int) -> int:
@@ -154,7 +161,7 @@ def describe(plan: Plan, count: int, number: int) -> str:
     return (
         f"{number} steps of {taken / number:.4g} examples: {taken / count:.3g} epochs\n"
         f"rows x tokens (of which scored) over {plan.parts} batch shards x microbatches: {shapes}\n"
-        f"positions (scored positions) filled with {curve}"
+        f"positions (scored positions) filled with {curve}; {len(plan.ladder)} worth compiling"
     )
 
 

@@ -3,6 +3,8 @@
 Dimensions: M rows of all tokens, E experts, D inputs, F outputs.
 """
 
+import functools
+import math
 from typing import Any
 
 import jax
@@ -15,9 +17,9 @@ Weights = Any
 
 def product(hidden: jax.Array, weights: Weights, inputs: int) -> jax.Array:
     """hidden over its last `inputs` axes times the weights over their first: in hidden's type."""
-    axes = tuple(range(hidden.ndim - inputs, hidden.ndim)), tuple(range(inputs))
     if not is_quantised(weights):
-        return jax.lax.dot_general(hidden, weights.astype(hidden.dtype), (axes, ((), ())))
+        return dense(inputs, hidden, weights.astype(hidden.dtype))
+    axes = tuple(range(hidden.ndim - inputs, hidden.ndim)), tuple(range(inputs))
 
     # what backpropagation keeps is the int8 values, and not what they are multiplied out to
     @jax.checkpoint
@@ -25,6 +27,41 @@ def product(hidden: jax.Array, weights: Weights, inputs: int) -> jax.Array:
         return qwix.dot_general(hidden, weights, (axes, ((), ()))).astype(hidden.dtype)
 
     return multiply(hidden, weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def dense(inputs: int, hidden: jax.Array, weights: jax.Array) -> jax.Array:
+    """`product` with an array of hidden's type."""
+    axes = tuple(range(hidden.ndim - inputs, hidden.ndim)), tuple(range(inputs))
+    return jax.lax.dot_general(hidden, weights, (axes, ((), ())))
+
+
+def dense_forward(inputs: int, hidden: jax.Array, weights: jax.Array) -> tuple[jax.Array, tuple]:
+    """`dense`, and what its backward pass reads."""
+    return dense(inputs, hidden, weights), (hidden, weights)
+
+
+def dense_backward(inputs: int, kept: tuple, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The gradients of hidden and weights.
+
+    On a CPU one side of the weights' product is turned round in memory, together with whatever
+    computes it: of both sides the one with fewer numbers a token, and never the wide activations of
+    an MLP, as JAX's own rule has it.
+    """
+    hidden, weights = kept
+    outputs = weights.ndim - inputs
+    tokens = tuple(range(hidden.ndim - inputs))
+    of_outputs = tuple(range(len(tokens), cotangent.ndim)), tuple(range(inputs, weights.ndim))
+    of_hidden = jax.lax.dot_general(cotangent, weights, (of_outputs, ((), ())))
+    over = (tokens, tokens), ((), ())
+    if math.prod(weights.shape[:inputs]) <= math.prod(weights.shape[inputs:]):
+        return of_hidden, jax.lax.dot_general(hidden, cotangent, over)
+    of_weights = jax.lax.dot_general(cotangent, hidden, over)
+    order = *range(outputs, weights.ndim), *range(outputs)
+    return of_hidden, of_weights.transpose(order)
+
+
+dense.defvjp(dense_forward, dense_backward)
 
 
 def ragged_product(rows: jax.Array, weights: Weights, sizes: jax.Array) -> jax.Array:

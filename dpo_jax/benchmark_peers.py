@@ -1,0 +1,89 @@
+"""Other trainers that a benchmark knows, and the folder from which they start."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dpo_jax import config, inputs
+from dpo_jax.data import tokenise
+from dpo_jax.model import weights
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+
+
+class Peer(NamedTuple):
+    """Another trainer."""
+
+    # of scripts/, run by the Python of the trainer's environment: SCRIPT FOLDER NAME
+    script: str
+    # names of the losses that it has
+    losses: tuple[str, ...]
+    # whether glibc's allocator is told to keep freed memory
+    keeps_memory: bool
+
+
+TRL = Peer("benchmark_trl.py", ("dpo", "kto", "orpo", "orpo_prompt"), False)
+TUNIX = Peer("benchmark_tunix.py", ("dpo", "orpo", "orpo_prompt"), False)
+PEERS: Mapping[str, Peer] = {
+    "trl": TRL,
+    "trl-fast": TRL._replace(keeps_memory=True),
+    "trl-bf16": TRL._replace(keeps_memory=True),
+    "tunix": TUNIX,
+    "tunix-fast": TUNIX._replace(keeps_memory=True),
+}
+
+
+def commands(
+    pythons: Mapping[str, str], experiment: config.Experiment, folder: str
+) -> tuple[dict[str, list[str]], list[str]]:
+    """How the peers that have the loss are started, and a line for each that lacks it; ValueError
+    for a peer that is not known, or for a run that peers do something else for.
+    """
+    found, left_out, name = {}, [], experiment.loss.function.__name__
+    if pythons and experiment.lora.rank is not None:
+        raise ValueError(
+            f"lora.rank is {experiment.lora.rank}, and peers train all parameters: leave it out"
+        )
+    for peer, python in pythons.items():
+        if peer not in PEERS:
+            raise ValueError(f"there is no peer {peer!r}: --peer takes {', '.join(PEERS)}")
+        if name in PEERS[peer].losses:
+            found[peer] = [python, str(SCRIPTS / PEERS[peer].script), folder, peer]
+        else:
+            left_out.append(f"{peer} is left out: it has no loss {name}")
+    return found, left_out
+
+
+def write_model(folder: Path, found: inputs.Inputs) -> None:
+    """The initial policy and its tokenizer, which every contender starts from."""
+    weights.save(folder / "model", found.initial.model.config, found.initial.params)
+    found.tokenizer.save(str(folder / "model"))
+
+
+def write_examples(
+    folder: Path, loss: config.Loss, data: tokenise.Tokenised, examples: Sequence[np.ndarray]
+) -> None:
+    """The loss, its hyperparameters, and of each step's examples the token ids and numbers."""
+    record = {
+        "loss": loss.function.__name__,
+        "hyperparameters": {
+            name: value
+            for name, value in loss.hyperparameters.items()
+            if value is None or isinstance(value, int | float | str)
+        },
+        "steps": [[describe(data, int(one)) for one in chosen] for chosen in examples],
+    }
+    (folder / "examples.json").write_text(json.dumps(record))
+
+
+def describe(data: tokenise.Tokenised, example: int) -> dict[str, list[int] | float]:
+    """An example: token ids of its parts, and its numbers, by name."""
+    parts = zip(data.names, data.completions[example], strict=True)
+    return {
+        "prompt": data.tokens[slice(*data.prompts[example])].tolist(),
+        **{name: data.tokens[slice(*span)].tolist() for name, span in parts},
+        **{name: float(values[example]) for name, values in data.columns.items()},
+    }
