@@ -67,14 +67,18 @@ class Started:
     processes: list[subprocess.Popen]
     logs: list[Path]
 
-    def wait(self, seconds: float = 300) -> list[int]:
+    def wait(self, seconds: float = 600) -> list[int]:
         """Their exit codes."""
         until = time.monotonic() + seconds
         try:
             return [one.wait(until - time.monotonic()) for one in self.processes]
         finally:
-            for one in self.processes:
-                one.kill()
+            self.kill()
+
+    def kill(self) -> None:
+        for one in self.processes:
+            one.kill()
+            one.wait()
 
     def log(self, number: int) -> str:
         return self.logs[number].read_text(errors="replace")
@@ -216,15 +220,14 @@ def test_where_one_process_dies_the_others_end_within_a_minute_with_the_reason(
     two = start(file, tmp_path / "run", 2, happens=happens)
     metrics = tmp_path / "run" / "metrics.jsonl"
     until = time.monotonic() + 200
-    while not (metrics.exists() and metrics.read_text().count("\n") > 1):
-        assert time.monotonic() < until, two.log(0)
-        time.sleep(0.5)
     try:
+        while not (metrics.exists() and metrics.read_text().count("\n") > 1):
+            assert time.monotonic() < until, two.log(0)
+            time.sleep(0.5)
         assert two.processes[number].wait(60) != 0
         assert reason in two.log(number)
     finally:
-        for one in two.processes:
-            one.kill()
+        two.kill()
 
 
 @pytest.mark.slow
