@@ -78,22 +78,7 @@ def make_padded(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Stepp
     """
     experiment = with_plain_attention(experiment)
     run, state = assemble.assemble(experiment, mesh)
-    score_rows = functools.partial(score_padded, run.initial.model)
-
-    def score(params, held: train_step.Held, batch: dict):
-        return score_rows(params, batch)
-
-    def score_reference(held: train_step.Held, batch: dict):
-        if held.reference is None:
-            return None
-        return jax.lax.stop_gradient(score_rows(held.reference, batch))
-
-    loss, tx = experiment.loss, optimizer.make(experiment.optimizer)
-    scoring = train_step.Scoring(score, score_reference, contract.with_state(loss.function))
-    schedule = optimizer.make_schedule(experiment.optimizer, experiment.steps)
-    jitted: Any = jax.jit(
-        train_step.make_train_step(scoring, tx, schedule, train_step.whole), donate_argnums=0
-    )
+    jitted: Any = jax.jit(padded_step(experiment, run.initial.model), donate_argnums=0)
 
     def step(state, batch: dict):
         return jitted(state, run.held, batch, run.numbers)
@@ -108,6 +93,26 @@ def make_padded(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Stepp
             yield sharding.put_batch(batch, mesh), batch["tokens"].size
 
     return Stepper(step, compile, lambda batch: None, state, batches())
+
+
+def padded_step(experiment: config.Experiment, model: decoder.Decoder) -> Callable:
+    """(state, held, batch, numbers) -> (state, metrics) of that layout, all parameters trained
+    and a live reference or none.
+    """
+    score_rows = functools.partial(score_padded, model)
+
+    def score(params, held: train_step.Held, batch: dict):
+        return score_rows(params, batch)
+
+    def score_reference(held: train_step.Held, batch: dict):
+        if held.reference is None:
+            return None
+        return jax.lax.stop_gradient(score_rows(held.reference, batch))
+
+    loss, tx = experiment.loss, optimizer.make(experiment.optimizer)
+    scoring = train_step.Scoring(score, score_reference, contract.with_state(loss.function))
+    schedule = optimizer.make_schedule(experiment.optimizer, experiment.steps)
+    return train_step.make_train_step(scoring, tx, schedule, train_step.whole)
 
 
 LAYOUTS: dict[str, Callable[[config.Experiment, jax.sharding.Mesh], Stepper]] = {

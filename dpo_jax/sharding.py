@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
@@ -44,9 +45,13 @@ def make_mesh(axes: config.Mesh, devices: Sequence[Any]) -> Mesh:
             f"{math.prod(shape)} devices, and there are {len(devices)}: change --mesh.data, "
             "--mesh.fsdp or --mesh.tensor"
         )
-    return jax.make_mesh(
-        shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices
-    )
+    names, types = ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3
+    try:
+        return jax.make_mesh(shape, names, axis_types=types, devices=devices)
+    except NotImplementedError:
+        # axes that are no products of whole axes of a TPU's torus
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(placed, names, axis_types=types)
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -77,7 +77,7 @@ def test_text_of_a_tpu_is_read():
         {},
         "",
     )
-    assert inner.instructions["param_0"].arrays == (text.Array("bf16", (8, 16)),)
+    assert inner.instructions["param_0"].arrays == (text.Array("bf16", (8, 16), 1),)
     assert inner.instructions["param_0"].operands == ("0",)
     assert inner.instructions["constant.8"].operands == ("{ { 1, 2 }, { 3, 4 } }",)
     reduce = inner.instructions["reduce.1"]

@@ -215,6 +215,11 @@ def pack(data: tokenise.Tokenised, plan: Plan, indices: np.ndarray, held: Held =
     )
 
 
+def empty(data: tokenise.Tokenised, shape: rows.Shape, *, scores_prompt: bool) -> dict:
+    """A batch of this shape without any example: what one looks like."""
+    return _fill(data, [], shape, scores_prompt)
+
+
 def own_shapes(plan: Plan, examples: int) -> Iterator[rows.Shape]:
     """Shapes for a step that no planned one holds: the largest with more rows, up to one for each
     example.

@@ -30,7 +30,7 @@ class Collective(NamedTuple):
     # the axes of the mesh along which the devices of a group differ; empty without a mesh
     axes: tuple[str, ...]
     # runs in one run of the program; a loop of unknown length counts as one run
-    times: int
+    times: float
     op_name: str
 
 

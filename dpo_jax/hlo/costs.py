@@ -14,7 +14,8 @@ from dpo_jax.hlo import loops, text
 # custom calls without products
 FREE_CALLS = {
     *("AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone"),
-    *("AsyncCollectiveStart", "GatherScatterIndicesBitpacked", "LayoutConstraint", "MoveToDevice"),
+    *("AsyncCollectiveStart", "ConcatBitcast", "GatherScatterIndicesBitpacked"),
+    *("LayoutConstraint", "MoveToDevice", "PrepareAsyncCallDone", "PrepareAsyncCallStart"),
     *("MoveToHost", "PadToStatic", "Sharding", "SliceToDynamic", "TopK", "__gpu$TopK"),
     *("annotate_device_placement", "cu_threefry2x32", "cu_threefry2x32_ffi"),
 }

@@ -25,8 +25,8 @@ class Place(NamedTuple):
 
     computation: text.Computation
     instruction: text.Instruction
-    # runs in one run of the program; a loop of unknown trip count runs once, every branch is taken
-    times: int
+    # runs in one run of the program; every branch is taken
+    times: float
     # whether it lies in a fusion, so that its result is not kept in memory
     fused: bool
 
@@ -39,21 +39,24 @@ class Scope(NamedTuple):
     arguments: "tuple[tuple[Scope, str] | None, ...]"
 
 
-def walk(program: text.Program) -> Iterator[Place]:
+def walk(program: text.Program, *, unknown_length: float = 1) -> Iterator[Place]:
     """Every instruction that runs, callees before the instructions behind their call.
 
-    A computation that several instructions call comes several times.
+    A computation that several instructions call comes several times. Loops of unknown length run
+    `unknown_length` times.
     """
-    yield from _walk(program, program.entry, 1, fused=False)
+    yield from _walk(program, program.entry, 1, unknown_length, fused=False)
 
 
-def _walk(program: text.Program, name: str, times: int, *, fused: bool) -> Iterator[Place]:
+def _walk(
+    program: text.Program, name: str, times: float, unknown: float, *, fused: bool
+) -> Iterator[Place]:
     computation = program.computations[name]
     for instruction in computation.instructions.values():
         for callee, count in callees(program, computation, instruction):
             inside = fused or instruction.opcode == "fusion"
-            runs = times * (1 if count is None else count)
-            yield from _walk(program, callee, runs, fused=inside)
+            runs = times * (unknown if count is None else count)
+            yield from _walk(program, callee, runs, unknown, fused=inside)
         yield Place(computation, instruction, times, fused)
 
 

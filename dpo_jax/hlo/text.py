@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 # a string, or a bracket or comma outside of one
 MARK = re.compile(r'"(?:[^"\\]|\\.)*"|[()\[\]{},]')
-ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\]")
+ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([^{}]*)\})?")
+SPACE = re.compile(r"S\((\d+)\)")
 HEADER = re.compile(r"^(ENTRY\s+)?%?([^\s(]+)\s*\(.*->.*\{\s*$")
 START = re.compile(r"^\s+(ROOT\s+)?%?(\S+)\s+=\s+")
 OPCODE = re.compile(r"\s*([a-z][\w-]*)\(")
@@ -27,6 +28,8 @@ class Array(NamedTuple):
     # as HLO has it: f32, bf16, pred, s32
     dtype: str
     dims: tuple[int, ...]
+    # the memory that it lies in, as its layout has it: 0 is the device's main one, 1 a TPU's VMEM
+    space: int = 0
 
 
 class Instruction(NamedTuple):
@@ -164,11 +167,13 @@ def split(written: str) -> Iterator[str]:
 
 
 def arrays(shape: str) -> tuple[Array, ...]:
-    """The arrays of a shape as it is written, layouts left out; a tuple's leaves in order."""
-    return tuple(
-        Array(dtype, tuple(int(size.strip().lstrip("<=")) for size in dims.split(",") if size))
-        for dtype, dims in ARRAY.findall(shape)
-    )
+    """The arrays of a shape as it is written; a tuple's leaves in order."""
+    found = []
+    for dtype, dims, layout in ARRAY.findall(shape):
+        space = SPACE.search(layout)
+        sizes = tuple(int(size.strip().lstrip("<=")) for size in dims.split(",") if size)
+        found.append(Array(dtype, sizes, int(space[1]) if space else 0))
+    return tuple(found)
 
 
 def size(array: Array) -> int:

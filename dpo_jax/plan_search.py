@@ -1,0 +1,190 @@
+"""Meshes, microbatches, rematerialisation and kinds of reference that a run could have: a rough
+estimate of each says which are compiled, and what the compiler says of those decides.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from dpo_jax import abstract_step, assemble, config, contract, plan, targets
+from dpo_jax.data import rows
+from dpo_jax.model import config as model_config
+
+GIB = 2**30
+MICROBATCHES = (1, 2, 4, 8)
+# how much of a layer's activations is kept for the backward pass, in widths of a token in
+# bfloat16, and how often its forward pass is computed, by model.remat
+KEPT = {"none": 34.0, "dots": 16.0, "full": 2.0}
+FORWARDS = {"none": 1.0, "dots": 1.2, "full": 2.0}
+# from what takes most memory to what takes least
+THRIFT = ("none", "dots", "full")
+
+
+class Candidate(NamedTuple):
+    """Settings of a run, and what they would roughly take."""
+
+    experiment: config.Experiment
+    # of a step
+    seconds: float
+    # bytes of a device
+    memory: float
+
+
+def search(
+    experiment: config.Experiment,
+    examples: abstract_step.Examples,
+    target: targets.Target,
+    tries: int,
+    price: float | None = None,
+) -> list[dict[str, Any]]:
+    """The plans of the most promising settings, at most so many, those that fit first and the
+    fastest of them at the front.
+
+    ValueError where no settings divide the batch.
+    """
+    left = candidates(plan.resolve(experiment, target), examples, target)
+    if not left:
+        raise ValueError(
+            f"batch_size is {experiment.batch_size}, and no mesh of {len(target.devices)} devices "
+            "divides it: take a multiple of a smaller power of two more"
+        )
+    count, records, failed = len(left), [], []
+    while left and len(records) < tries:
+        tried = left.pop(0)
+        if any(is_greedier(tried.experiment, other) for other in failed):
+            continue
+        print(f"compiling {len(records) + 1} of {tries}: {name(tried.experiment)}", flush=True)
+        record = plan.plan(tried.experiment, examples, target, price)
+        records.append(record | {"settings": name(tried.experiment), "candidates": count})
+        if not record["fits"]:
+            failed.append(tried.experiment)
+    return sorted(records, key=rank)
+
+
+def rank(record: dict[str, Any]) -> tuple:
+    """What fits first, by the step's time where communication is not hidden, the rest by memory."""
+    if record["fits"]:
+        return 0, record["seconds"]["none hidden"]
+    return 1, sum(record["memory_bytes_per_device"].values())
+
+
+def name(experiment: config.Experiment) -> str:
+    """The flags of what is tried."""
+    mesh = experiment.mesh
+    cached = "cached" if experiment.reference.cached else "no-cached"
+    text = (
+        f"--mesh.data {mesh.data} --mesh.fsdp {mesh.fsdp} --mesh.tensor {mesh.tensor} "
+        f"--microbatches {experiment.microbatches} --model.remat {experiment.model.remat}"
+    )
+    return text if experiment.reference.source is None else f"{text} --reference.{cached}"
+
+
+def candidates(
+    experiment: config.Experiment, examples: abstract_step.Examples, target: targets.Target
+) -> list[Candidate]:
+    """All settings that divide the batch, those that seem to fit first, the fastest first."""
+    found = [
+        Candidate(one, *estimate(one, examples, target))
+        for one in variants(experiment, len(target.devices))
+    ]
+    return sorted(found, key=lambda one: (one.memory > target.capacity, one.seconds))
+
+
+def variants(experiment: config.Experiment, devices: int) -> Iterator[config.Experiment]:
+    """The run with each mesh, number of microbatches, rematerialisation and kind of reference that
+    it may have.
+    """
+    shape = abstract_step.read_shape(experiment)
+    settings = experiment.reference
+    can_cache = settings.source is not None and settings.update_every is None
+    references = {settings.cached, True} if can_cache else {settings.cached}
+    apart = contract.accumulates_apart(experiment.loss.function)
+    choices = itertools.product(meshes(devices, shape), MICROBATCHES, THRIFT, sorted(references))
+    for mesh, parts, remat, cached in choices:
+        if experiment.batch_size % ((mesh.data * (mesh.fsdp or 1)) * parts):
+            continue
+        if experiment.statistics == "microbatch" and not (parts > 1 and apart):
+            continue
+        yield experiment.replace(
+            mesh=mesh,
+            microbatches=parts,
+            model=dataclasses.replace(experiment.model, remat=remat),
+            reference=dataclasses.replace(settings, cached=cached),
+        )
+
+
+def meshes(devices: int, shape: model_config.DecoderConfig) -> Iterator[config.Mesh]:
+    """Meshes of so many devices, axes powers of two; tensor divides the heads."""
+    for tensor in powers(min(devices, shape.key_value_heads)):
+        if devices % tensor or shape.key_value_heads % tensor:
+            continue
+        for data in powers(devices // tensor):
+            if devices % (tensor * data) == 0:
+                yield config.Mesh(data, devices // (tensor * data), tensor)
+
+
+def powers(most: int) -> list[int]:
+    """1, 2, 4, ... up to a number."""
+    return [2**power for power in range(most.bit_length()) if 2**power <= most]
+
+
+def estimate(
+    experiment: config.Experiment, examples: abstract_step.Examples, target: targets.Target
+) -> tuple[float, float]:
+    """Roughly the seconds of a step and the bytes of a device: good enough to choose what is
+    compiled, and for nothing else.
+    """
+    shape, mesh = abstract_step.read_shape(experiment), experiment.mesh
+    shards, devices = mesh.data * (mesh.fsdp or 1), len(target.devices)
+    parameters = float(model_config.parameter_count(shape))
+    tokens = experiment.batch_size * float(rows.sizes(examples.data).tokens.mean())
+    is_live = assemble.has_live_reference(experiment)
+    has_adapter = experiment.lora.rank is not None
+    forwards = FORWARDS[experiment.model.remat] + is_live
+    backwards = 1 if has_adapter else 2
+    compute = 2 * parameters * tokens * (forwards + backwards) / devices / target.flops
+    own = parameters / mesh.tensor
+    # parameters for every pass of every microbatch in two bytes, and gradients in four
+    passes = experiment.microbatches * (2 * (forwards + 1) + (0 if has_adapter else 4))
+    sent = own * passes if shards > 1 else 0.0
+    if mesh.tensor > 1:
+        sent += shape.layers * 8 * (forwards + 1) * tokens / shards * shape.width
+    links = 2 * sent / target.links if target.links else 0.0
+    trained = 0.02 if has_adapter else 1.0
+    held = (0.0 if not has_adapter else 2.0) + (2.0 if is_live and not has_adapter else 0.0)
+    memory = own / (mesh.fsdp or 1) * (16 * trained + held)
+    each = tokens / shards / experiment.microbatches
+    # of widths, those of heads and hidden units are shared out over tensor
+    memory += 2 * shape.layers * each * shape.width * KEPT[experiment.model.remat] / mesh.tensor
+    return compute + links, memory
+
+
+def is_greedier(experiment: config.Experiment, failed: config.Experiment) -> bool:
+    """Whether settings take at least the memory of others that did not fit."""
+    return (
+        experiment.mesh == failed.mesh
+        and experiment.microbatches <= failed.microbatches
+        and THRIFT.index(experiment.model.remat) <= THRIFT.index(failed.model.remat)
+        and experiment.reference.cached <= failed.reference.cached
+    )
+
+
+def describe(records: Sequence[dict[str, Any]]) -> str:
+    """What was compiled, the best first."""
+    lines = [
+        f"{len(records)} of {records[0]['candidates']} settings compiled, the best first:",
+        "",
+        "| flags | GiB of a device | step, s (hidden to none hidden) | MFU |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for record in records:
+        memory = sum(record["memory_bytes_per_device"].values()) / GIB
+        if not record["fits"]:
+            lines.append(f"| {record['settings']} | {memory:.2f}: does not fit | | |")
+            continue
+        seconds, mfu = record["seconds"], record["mfu"]
+        times = f"{seconds['all communication hidden']:.3f} to {seconds['none hidden']:.3f}"
+        share = f"{mfu['hidden']:.1%} to {mfu['exposed']:.1%}"
+        lines.append(f"| {record['settings']} | {memory:.2f} | {times} | {share} |")
+    return "\n".join([*lines, ""])

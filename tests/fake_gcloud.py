@@ -1,0 +1,242 @@
+"""A gcloud that plays Google: states of queued resources, ssh that runs here, a bucket's folder.
+
+Everything lies in the folder $FAKE_GCLOUD. scenario.json says what goes wrong; state.json is what
+is there; calls.jsonl has every call. A resource's VM is a folder, which goes with it.
+"""
+
+import fcntl
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(os.environ["FAKE_GCLOUD"])
+SCENARIO = json.loads((ROOT / "scenario.json").read_text())
+USUAL = ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
+
+
+class State:
+    """state.json, which one call at a time reads and writes."""
+
+    def __enter__(self) -> dict:
+        self.lock = open(ROOT / "lock", "w")
+        fcntl.flock(self.lock, fcntl.LOCK_EX)
+        file = ROOT / "state.json"
+        self.state = json.loads(file.read_text()) if file.exists() else {}
+        self.state = {"resources": {}, "created": {}, "counts": {}} | self.state
+        return self.state
+
+    def __exit__(self, *_) -> None:
+        (ROOT / "state.json").write_text(json.dumps(self.state))
+        self.lock.close()
+
+
+def stop(text: str, code: int = 1) -> NoReturn:
+    print(text, file=sys.stderr)
+    sys.exit(code)
+
+
+def flag(arguments: list[str], name: str) -> str | None:
+    found = [a.partition("=")[2] for a in arguments if a.startswith(f"--{name}=")]
+    return found[0] if found else None
+
+
+def still_planned(name: str) -> bool:
+    """Whether the scenario lets a thing go wrong once more."""
+    with State() as state:
+        state["counts"][name] = state["counts"].get(name, 0) + 1
+        return state["counts"][name] <= SCENARIO.get(name, 0)
+
+
+def create(name: str, arguments: list[str]) -> None:
+    if "create_error" in SCENARIO:
+        stop(f"ERROR: (gcloud.compute.tpus.queued-resources.create) {SCENARIO['create_error']}")
+    assert flag(arguments, "node-id") == name
+    with State() as state:
+        if name in state["resources"]:
+            stop(
+                "ERROR: (gcloud.compute.tpus.queued-resources.create) ALREADY_EXISTS: Resource "
+                f"'projects/p/locations/z/queuedResources/{name}' already exists"
+            )
+        number = state["created"].get(name, 0)
+        state["created"][name] = number + 1
+        plans = SCENARIO.get("states", [])
+        state["resources"][name] = list(plans[number] if number < len(plans) else USUAL)
+    (ROOT / "vm" / name).mkdir(parents=True)
+
+
+def describe(name: str, arguments: list[str]) -> None:
+    with State() as state:
+        states = state["resources"].get(name)
+        if states is None:
+            stop("ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: not found")
+        now = states.pop(0) if len(states) > 1 else states[0]
+    record: dict = {"state": now}
+    if now == "FAILED":
+        record["failedData"] = {"error": {"message": SCENARIO.get("message", "no reason")}}
+    print(json.dumps({"name": name, "state": record}))
+
+
+def delete(name: str, arguments: list[str]) -> None:
+    assert "--force" in arguments and "--quiet" in arguments
+    if still_planned("delete_failures"):
+        stop("ERROR: (gcloud.compute.tpus.queued-resources.delete) UNAVAILABLE: try again")
+    with State() as state:
+        if state["resources"].pop(name, None) is None:
+            stop("ERROR: (gcloud.compute.tpus.queued-resources.delete) NOT_FOUND: not found")
+    lose_vm(name)
+
+
+def lose_vm(name: str) -> None:
+    """Ends what runs on a VM and takes its disk away."""
+    for file in (ROOT / "vm" / name).glob("dpo_jax_jobs/*/pid"):
+        try:
+            os.killpg(int(file.read_text()), signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    shutil.rmtree(ROOT / "vm" / name, ignore_errors=True)
+
+
+def is_active(name: str) -> bool:
+    with State() as state:
+        return state["resources"].get(name) == ["ACTIVE"]
+
+
+def scp(arguments: list[str]) -> None:
+    source, target = [a for a in arguments if not a.startswith("--")]
+    name, file = target.split(":")
+    if not is_active(name) or "--worker=all" not in arguments:
+        stop("ERROR: (gcloud.compute.tpus.tpu-vm.scp) the TPU is not READY")
+    shutil.copy(source, ROOT / "vm" / name / file)
+
+
+def ssh(name: str, arguments: list[str]) -> None:
+    command = flag(arguments, "command") or ""
+    if still_planned("ssh_failures"):
+        stop(
+            "ERROR: (gcloud.compute.tpus.tpu-vm.ssh) [/usr/bin/ssh] exited with return code [255].",
+            255,
+        )
+    if not is_active(name) or "--worker=all" not in arguments:
+        stop("ERROR: (gcloud.compute.tpus.tpu-vm.ssh) the TPU is not READY")
+    environment = os.environ | {"HOME": str(ROOT / "vm" / name), "HOSTNAME": "t1v-n-0-w-0"}
+    process = subprocess.Popen(["bash", "-c", command], cwd=ROOT / "vm" / name, env=environment)
+    for job, what in SCENARIO.get("during", {}).items():
+        if f"attach.sh {job} " in command and not (ROOT / "reconnected").exists():
+            wait_for(ROOT / "begun" / job)
+            happen(what, name, process)
+    sys.exit(process.wait())
+
+
+def happen(what: str, name: str, process: subprocess.Popen) -> None:
+    """What goes wrong while a job runs."""
+    if what == "disconnected":
+        process.kill()
+        (ROOT / "reconnected").touch()
+        stop("##### Command execution on worker 0 failed with exit status 255. Continuing.", 255)
+    with State() as state:
+        if what == "missing":
+            del state["resources"][name]
+        else:
+            state["resources"][name] = what.split()
+    lose_vm(name)
+    process.kill()
+    stop("", 1)
+
+
+def wait_for(file: Path) -> None:
+    while not file.exists():
+        time.sleep(0.02)
+
+
+def storage(verb: str, arguments: list[str]) -> None:
+    path = next(a for a in arguments if a.startswith("gs://"))
+    local = ROOT / "bucket" / path.removeprefix("gs://")
+    if verb == "ls":
+        found = sorted((ROOT / "bucket").glob(path.removeprefix("gs://")))
+        if not found:
+            stop("ERROR: (gcloud.storage.ls) One or more URLs matched no objects.")
+        print("\n".join(f"gs://{file.relative_to(ROOT / 'bucket')}" for file in found))
+    elif verb == "cp":
+        assert "--if-generation-match=0" in arguments and arguments[0] == "-"
+        local.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(local, "x") as file:
+                file.write(sys.stdin.read())
+        except FileExistsError:
+            stop("ERROR: HTTPError 412: At least one of the pre-conditions did not hold.")
+    elif not local.exists():
+        stop(f"ERROR: (gcloud.storage.{verb}) The following URLs matched no objects or files")
+    elif verb == "cat":
+        print(local.read_text(), end="")
+    elif verb == "rm":
+        local.unlink()
+
+
+def sweep(arguments: list[str]) -> None:
+    """What `python -m scripts.sweep` does, as far as a launcher sees it: three steps, resumed."""
+    after = dict(zip(arguments, arguments[1:], strict=False))
+    stem = Path(arguments[2]).stem
+    assert Path(arguments[2]).exists(), "the code is not here"
+    root = ROOT / "bucket" / after["--workdir"].removeprefix("gs://") / stem
+    names = SCENARIO["names"]
+    chosen = [int(after["--index"])] if "--index" in after else list(range(len(names)))
+    if "--shard" in after:
+        first, count = map(int, after["--shard"].split("/"))
+        chosen = chosen[first::count]
+    for index in chosen:
+        folder = root / names[index]
+        folder.mkdir(parents=True, exist_ok=True)
+        if SCENARIO.get("errors", {}).get(str(index)):
+            stop(f"ValueError: {SCENARIO['errors'][str(index)]}")
+        steps = folder / "steps"
+        for step in range(len(steps.read_text().split()) if steps.exists() else 0, 3):
+            if step == 1:
+                pause(index)
+            with open(steps, "a") as file:
+                file.write(f"{step}\n")
+            print(f"point {index} step {step} by {Path.cwd().parent.name}", flush=True)
+        (folder / "DONE").touch()
+
+
+def pause(index: int) -> None:
+    """Lets what the scenario has planned for this time happen to the job that runs the point."""
+    for job in SCENARIO.get("during", {}):
+        file = ROOT / "begun" / job
+        if re.match(rf"point-{index}-", job) and not file.exists():
+            file.parent.mkdir(exist_ok=True)
+            file.touch()
+            wait_for(ROOT / "reconnected")
+    if index in SCENARIO.get("endless", []):
+        (ROOT / "running").touch()
+        time.sleep(60)
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if arguments[:2] == ["-m", "scripts.sweep"]:
+        return sweep(arguments)
+    with State(), open(ROOT / "calls.jsonl", "a") as file:
+        file.write(json.dumps(arguments) + "\n")
+    if arguments[:2] == ["auth", "list"]:
+        return print(SCENARIO.get("account", "somebody@example.com"))
+    if arguments[0] == "storage":
+        return storage(arguments[1], arguments[2:])
+    assert arguments[:2] == ["compute", "tpus"], shlex.join(arguments)
+    kind, verb, rest = arguments[2], arguments[3], arguments[4:]
+    assert flag(rest, "zone") == "us-east5-a"
+    if (kind, verb) == ("tpu-vm", "scp"):
+        return scp(rest)
+    verbs = {"create": create, "describe": describe, "delete": delete, "ssh": ssh}
+    verbs[verb](rest[0], rest[1:])
+
+
+if __name__ == "__main__":
+    main()
