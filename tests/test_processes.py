@@ -191,12 +191,12 @@ def test_two_and_four_processes_evaluate_sample_and_score_the_reference_as_one_d
 def test_four_processes_go_on_with_the_run_of_two_and_one_with_that_of_four(
     folder: Path, tmp_path: Path, four_devices: None
 ):
-    file = write(folder, tmp_path / "resumed.py", {"steps": 6, "data.evaluation_source": None})
+    file = write(folder, tmp_path / "resumed.py", {"steps": 8, "data.evaluation_source": None})
     train.train(flags.load(file).replace(workdir=str(tmp_path / "whole")), file)
     parts = tmp_path / "parts"
     assert start(file, parts, 2, happens="SIGTERM 0 1").wait() == [143] * 2
-    assert start(file, parts, 4, happens="SIGTERM 3 3").wait() == [143] * 4
-    assert sorted(path.name for path in (parts / "checkpoints").iterdir()) == ["2", "3", "4", "5"]
+    assert start(file, parts, 4, happens="SIGTERM 3 4").wait() == [143] * 4
+    assert sorted(path.name for path in (parts / "checkpoints").iterdir()) == ["2", "3", "4", "6"]
     train.train(flags.load(file).replace(workdir=str(parts)), file)
     check_equal(parts, tmp_path / "whole")
 
