@@ -9,14 +9,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dpo_jax import (
     config,
     contract,
     evaluate,
+    functions,
     initial,
     inputs,
     kept,
+    processes,
     programs,
     reference,
     sharding,
@@ -70,6 +73,7 @@ def assemble(
     """
     keeper = kept.Kept() if keeper is None else keeper
     found = inputs.load(experiment, mesh, keeper)
+    processes.check_same(described(experiment, found))
     print(f"training: {tokenise.describe(found.train.report)}")
     if found.held_out is not None:
         print(f"held out: {tokenise.describe(found.held_out.report)}")
@@ -111,6 +115,25 @@ def assemble(
     return run, make_state(params, compiled.start, contract.needs(experiment.loss.function), mesh)
 
 
+def described(experiment: config.Experiment, found: inputs.Inputs) -> dict[str, str]:
+    """What all processes of a run must have alike, by name, before they compute anything together
+    that depends on it.
+    """
+    held_out = "" if found.held_out is None else found.held_out.fingerprint
+    settings = {
+        name: functions.described(value) if callable(value) else value
+        for name, value in [
+            *config.flatten(experiment).items(),
+            ("loss", experiment.loss.function),
+        ]
+    }
+    return {
+        "settings": repr(settings),
+        "training rows": found.train.fingerprint,
+        "held-out rows": held_out,
+    }
+
+
 def identify(found: inputs.Inputs, anchor_hash: str | None) -> dict[str, str]:
     """Content hashes of what a run reads."""
     hashes = {"training rows": found.train.fingerprint}
@@ -133,7 +156,7 @@ def compared(run: Run):
         return None
     if run.compared is None:
         return joined(run.initial, run.held.reference)
-    return joined(run.initial, sharding.place(run.compared, run.mesh))
+    return joined(run.initial, jax.tree.map(sharding.from_host, run.compared))
 
 
 def hold_reference(experiment: config.Experiment, found: inputs.Inputs, anchor):
@@ -277,7 +300,7 @@ def hold_compared(experiment: config.Experiment, params, anchor) -> Any:
         return None
     if anchor is None and experiment.model.source in presets.PRESETS:
         return None
-    return jax.device_get(params if anchor is None else anchor)
+    return jax.tree.map(sharding.to_host, params if anchor is None else anchor)
 
 
 def make_follow(settings: config.Reference, follow: Callable) -> Callable | None:
@@ -289,8 +312,7 @@ def make_follow(settings: config.Reference, follow: Callable) -> Callable | None
 
 def make_state(params, start: Callable, declared: contract.Needs, mesh) -> train_step.TrainState:
     """The state before the first update."""
-    everywhere: Any = sharding.replicated(mesh)
-    step, loss_state = jax.device_put((jnp.int32(0), declared.state()), everywhere)
+    step, loss_state = sharding.replicate((np.int32(0), declared.state()), mesh)
     return train_step.TrainState(step, params, start(params), loss_state)
 
 

@@ -23,7 +23,8 @@ def preferences(evaluate: Callable, held_out: reference.LaidOut, mesh) -> dict[s
     `evaluate` maps a batch on the mesh to `train_step.Sums`.
     """
     total: dict[str, np.ndarray] = {}
-    for batch in pack.evaluation_batches(held_out.data, held_out.plan):
+    held = sharding.held_rows(mesh)
+    for batch in pack.evaluation_batches(held_out.data, held_out.plan, held):
         batch = sharding.put_batch(reference.with_table(batch, held_out.table), mesh)
         sums = jax.device_get(evaluate(batch).metrics)
         for name, value in sums.items():
@@ -48,7 +49,7 @@ class Sampler(NamedTuple):
     settings: config.Samples
     mesh: jax.sharding.Mesh
     batch_size: int
-    # jitted (params, batch) -> {name: Logps}
+    # jitted (params, batch) -> {name: Logps}, whole on every device
     score: Callable
 
 
@@ -128,7 +129,7 @@ def totals(sampler: Sampler, params, data: tokenise.Tokenised) -> np.ndarray:
     shards = sharding.batch_shards(sampler.mesh)
     plan = pack.plan_within(longest, sampler.settings.max_tokens, sampler.batch_size, shards)
     found = np.zeros(len(data.prompts))
-    for batch in pack.evaluation_batches(data, plan):
+    for batch in pack.evaluation_batches(data, plan, sharding.held_rows(sampler.mesh)):
         filled, index = batch["weight"] > 0, batch["index"]
         scored: Mapping[str, logps.Logps] = sampler.score(
             params, sharding.put_batch(batch, sampler.mesh)

@@ -191,18 +191,19 @@ def complete(
     if not prompts:
         return []
     shards = 1 if mesh is None else sharding.batch_shards(mesh)
-    rows = None if mesh is None else sharding.rows(mesh)
+    put = (lambda array: array) if mesh is None else functools.partial(sharding.put_rows, mesh=mesh)
     run = jax.jit(
-        generate,
+        generate_numbered,
         static_argnames=("decoder", "select", "max_tokens"),
         out_shardings=None if mesh is None else sharding.replicated(mesh),
     )
     completions: list[list[int]] = []
-    for batch in batches(prompts, key, -(-batch_size // shards) * shards):
+    for batch in batches(prompts, -(-batch_size // shards) * shards):
         tokens, lengths = run(
             decoder,
             params,
-            *jax.device_put(batch, rows),
+            *map(put, batch),
+            key,
             select=select,
             max_tokens=max_tokens,
             temperature=np.float32(temperature),
@@ -213,15 +214,28 @@ def complete(
     return completions[: len(prompts)]
 
 
+def generate_numbered(
+    decoder: model_decoder.Decoder,
+    params: dict,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    numbers: jax.Array,
+    key: jax.Array,
+    **options: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """`generate` where row i draws with fold_in(key, numbers[i])."""
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers)
+    return generate(decoder, params, prompts, lengths, keys, **options)
+
+
 def batches(
-    prompts: Sequence[Sequence[int]], key: jax.Array, batch_size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, jax.Array]]:
-    """Prompts int32 [B, P], their lengths [B] and keys [B], in batches of one shape."""
+    prompts: Sequence[Sequence[int]], batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Prompts int32 [B, P], their lengths [B] and numbers [B], in batches of one shape."""
     width = max(16, 1 << (max(map(len, prompts)) - 1).bit_length())
     for start in range(0, len(prompts), batch_size):
         tokens, lengths = pad(prompts[start : start + batch_size], batch_size, width)
-        numbers = jnp.arange(start, start + batch_size)
-        yield tokens, lengths, jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers)
+        yield tokens, lengths, np.arange(start, start + batch_size, dtype=np.int32)
 
 
 def pad(

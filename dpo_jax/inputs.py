@@ -3,6 +3,7 @@ against each other.
 """
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 
-from dpo_jax import config, contract, initial, kept, paths, reference, sharding
+from dpo_jax import config, contract, initial, kept, paths, processes, reference, sharding
 from dpo_jax.data import rows, tokenise, tokenizer
 
 # completions and columns that unpaired examples may have
@@ -56,7 +57,10 @@ def load(
     pairs = None
     # their rewards are log-ratios
     if experiment.data.examples == "unpaired" and experiment.reference.source is not None:
-        pairs = keeper.last(tokenise.load_pairs_for_evaluation, experiment.data, words)
+        make = functools.partial(
+            keeper.last, tokenise.load_pairs_for_evaluation, experiment.data, words
+        )
+        pairs = processes.in_turn("the held-out pairs are tokenised", make)
     if experiment.samples.count and held_out is None:
         raise ValueError(
             f"samples.count is {experiment.samples.count}, and there are no held-out prompts to "
@@ -78,9 +82,10 @@ def load_examples(
 
     # what is not read is not made either
     mismatched = kind != "unpaired" or "mismatched" in reads(*UNPAIRED)
-    train, held_out = keeper.last(
-        tokenise.load, experiment.data, words, kind, mismatched=mismatched
+    make = functools.partial(
+        keeper.last, tokenise.load, experiment.data, words, kind, mismatched=mismatched
     )
+    train, held_out = processes.in_turn("the rows are tokenised", make)
     has_reference, columns = experiment.reference.source is not None, tuple(train.columns)
     if held_out is not None and (held_out.names, tuple(held_out.columns)) != (train.names, columns):
         raise ValueError(

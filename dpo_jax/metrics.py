@@ -83,12 +83,7 @@ class Writer:
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
         self._show(step, values)
-        for name in CHECKED:
-            if not math.isfinite(values.get(name, 0.0)):
-                raise FloatingPointError(
-                    f"{name} is {values[name]} at step {step}: lower --optimizer.learning-rate, or "
-                    "look at the rows (scripts.show); the last checkpoint is untouched"
-                )
+        check_finite(step, values)
 
     def _show(self, step: int, values: Mapping[str, float]) -> None:
         # of unpaired examples, which have none of their own, the last held-out accuracy
@@ -119,6 +114,33 @@ class Writer:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+class Unwritten:
+    """Stands for the Writer in all processes of a run but the first: it checks alone."""
+
+    def __enter__(self) -> "Unwritten":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is open."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Raises FloatingPointError where `Writer.write` does in the first process."""
+        check_finite(step, values)
+
+    def flush(self) -> None:
+        """Nothing is written."""
+
+
+def check_finite(step: int, values: Mapping[str, float]) -> None:
+    """Raises FloatingPointError where the loss or the gradient's norm is not finite."""
+    for name in CHECKED:
+        if not math.isfinite(values.get(name, 0.0)):
+            raise FloatingPointError(
+                f"{name} is {values[name]} at step {step}: lower --optimizer.learning-rate, or "
+                "look at the rows (scripts.show); the last checkpoint is untouched"
+            )
 
 
 class _Appender:

@@ -60,7 +60,7 @@ class Programs(NamedTuple):
     # of pairs (for which the state is ())
     evaluate_loss: Callable
     evaluate_pairs: Callable
-    # (params, batch) -> {name: Logps}: the decoder's alone
+    # (params, batch) -> {name: Logps}: the decoder's alone, whole on every device
     score: Callable
     # (reference, policy, weight) -> the reference that has followed the policy
     follow: Callable
@@ -101,9 +101,13 @@ def make(form: Form) -> Programs:
     return Programs(
         start=make_start(tx, placed),
         step=jax.jit(step, out_shardings=(placed, everywhere), donate_argnums=0),
-        evaluate_loss=jax.jit(functools.partial(train_step.evaluate, scoring)),
-        evaluate_pairs=jax.jit(functools.partial(train_step.evaluate, pairs)),
-        score=jax.jit(functools.partial(logps.score, form.model)),
+        evaluate_loss=jax.jit(
+            functools.partial(train_step.evaluate, scoring), out_shardings=everywhere
+        ),
+        evaluate_pairs=jax.jit(
+            functools.partial(train_step.evaluate, pairs), out_shardings=everywhere
+        ),
+        score=jax.jit(functools.partial(logps.score, form.model), out_shardings=everywhere),
         follow=jax.jit(reference.follow, out_shardings=placed.params, donate_argnums=0),
     )
 

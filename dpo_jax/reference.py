@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import functions, logps, paths, sharding, tables
+from dpo_jax import functions, logps, paths, processes, sharding, tables
 from dpo_jax.data import pack, tokenise
 from dpo_jax.model import decoder
 from dpo_jax.tables import Table
@@ -140,9 +140,18 @@ def load_table(
         sorted((name, *functions.described(make)) for name, make in (statistics or {}).items()),
     ]
     folder = paths.join(paths.cache_folder(), "reference", digest(*identity))
-    if not tables.is_finished(folder):
-        score = jax.jit(functools.partial(logps.score, model, statistics=statistics))
-        tables.finish(folder, _score_all(score, params, data, plan, mesh, folder))
+    if not processes.everywhere(np.array(tables.is_finished(folder))):
+        score = jax.jit(
+            functools.partial(logps.score, model, statistics=statistics),
+            out_shardings=sharding.replicated(mesh),
+        )
+        table = _score_all(score, params, data, plan, mesh, folder)
+        if processes.is_first():
+            tables.finish(folder, table)
+        processes.wait("the reference's table is there")
+        if not processes.is_first():
+            # into a cache of its own
+            tables.finish(folder, table)
     return tables.read(folder)
 
 
@@ -151,12 +160,14 @@ def _score_all(
 ) -> Table:
     """The table of all data, of which the folder's parts are not scored again."""
     count, parts, shown = len(data.prompts), tables.read_parts(folder), time.monotonic()
-    known = tables.known(parts, count)
+    # what is not known to all of several processes is scored by all of them together
+    known = processes.everywhere(tables.known(parts, count))
     before = f", {known.sum():,} of which are there" if parts else ""
     print(f"scoring {count:,} examples with the reference, once{before}: {folder}", flush=True)
     scored = _score_batches(score, params, data, plan, mesh, known)
     while fresh := list(itertools.islice(scored, PART)):
-        parts.append(tables.write_part(folder, fresh))
+        is_written = processes.is_first()
+        parts.append(tables.write_part(folder, fresh) if is_written else tables.joined(fresh))
         if time.monotonic() >= shown + EVERY:
             shown = time.monotonic()
             done = tables.known(parts, count).sum()
@@ -168,7 +179,7 @@ def _score_batches(
     score, params, data: tokenise.Tokenised, plan: pack.Plan, mesh, known: np.ndarray
 ) -> Iterator[tables.Part]:
     """The rows of each batch that has examples which are not known (bool [N])."""
-    for batch in pack.evaluation_batches(data, plan):
+    for batch in pack.evaluation_batches(data, plan, sharding.held_rows(mesh)):
         filled = batch["weight"] > 0
         index = batch["index"][filled]
         if known[index].all():

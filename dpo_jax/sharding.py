@@ -2,14 +2,15 @@
 batch.
 """
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from dpo_jax import config
@@ -130,6 +131,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def replicate(tree, mesh: Mesh):
+    """Arrays and numbers of the host, the same in all processes, whole on every device."""
+
+    def one(leaf) -> jax.Array:
+        value = np.asarray(leaf)
+        return jax.make_array_from_callback(value.shape, replicated(mesh), lambda _: value)
+
+    return jax.tree.map(one, tree)
+
+
 def rows(mesh: Mesh) -> NamedSharding:
     """First axis over the batch shards."""
     return NamedSharding(mesh, P(BATCH_AXES))
@@ -156,10 +167,50 @@ def placement(mesh: Mesh) -> shards.Placement | None:
     )
 
 
+def held_rows(mesh: Mesh) -> Callable[[int], np.ndarray]:
+    """Says which of so many rows of a batch lie on devices of this process: bool [B]."""
+
+    def held(count: int) -> np.ndarray:
+        found = np.zeros(count, bool)
+        for index in rows(mesh).addressable_devices_indices_map((count,)).values():
+            found[index] = True
+        return found
+
+    return held
+
+
 def put_batch(batch: dict, mesh: Mesh):
-    """A host batch on the mesh, rows over the batch shards; `index` stays on the host."""
+    """A host batch on the mesh, rows over the batch shards; `index` stays on the host.
+
+    Of arrays of all rows, each process reads those that its devices hold.
+    """
     arrays = {name: value for name, value in batch.items() if name != "index"}
-    sharding = rows(mesh)
-    return jax.tree.map(
-        lambda value: jax.make_array_from_process_local_data(sharding, np.asarray(value)), arrays
+    return jax.tree.map(lambda value: put_rows(np.asarray(value), mesh), arrays)
+
+
+def put_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    """An array of all rows on the mesh."""
+    return jax.make_array_from_callback(array.shape, rows(mesh), lambda index: array[index])
+
+
+@dataclasses.dataclass(frozen=True)
+class OnHost:
+    """An array whose shards of this process's devices lie in host memory, by their slices."""
+
+    shape: tuple[int, ...]
+    sharding: Sharding
+    parts: dict[str, np.ndarray]
+
+
+def to_host(array: jax.Array) -> OnHost:
+    """Copies this process's shards of an array into host memory, each once."""
+    distinct = {str(shard.index): shard for shard in array.addressable_shards}
+    parts = {index: np.asarray(shard.data) for index, shard in distinct.items()}
+    return OnHost(array.shape, array.sharding, parts)
+
+
+def from_host(held: OnHost) -> jax.Array:
+    """The array on the devices again."""
+    return jax.make_array_from_callback(
+        held.shape, held.sharding, lambda index: held.parts[str(index)]
     )

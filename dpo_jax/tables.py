@@ -66,19 +66,25 @@ def finish(folder: str, table: Table) -> None:
         paths.remove(path)
 
 
-def write_part(folder: str, parts: Sequence[Part]) -> Part:
-    """Writes these as one part, and returns it."""
+def joined(parts: Sequence[Part]) -> Part:
+    """These as one part."""
     index = np.concatenate([part.index for part in parts])
     columns = {
         name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns
     }
+    return Part(index, columns)
+
+
+def write_part(folder: str, parts: Sequence[Part]) -> Part:
+    """Writes these as one part, and returns it."""
+    index, columns = part = joined(parts)
     rows = np.empty(len(index), [(INDEX, np.int32), *((name, np.float32) for name in columns)])
     rows[INDEX] = index
     for name, values in columns.items():
         rows[name] = values
     content = as_bytes(rows)
     paths.write_bytes(paths.join(folder, part_name(content)), content)
-    return Part(index, columns)
+    return part
 
 
 def read_parts(folder: str) -> list[Part]:

@@ -11,7 +11,6 @@ import hashlib
 import json
 from pathlib import Path
 
-import filelock
 import jax
 
 from dpo_jax import (
@@ -21,6 +20,7 @@ from dpo_jax import (
     initial,
     origins,
     paths,
+    processes,
     reference,
     sharding,
     train,
@@ -103,13 +103,16 @@ def make_corpus(task: config.Task) -> Path:
     """Folder of the reviews and the tokenizer trained on them."""
     vocabulary = preset(task.model).vocabulary_size
     folder = cached("corpus", [task.reviews, HELD_OUT_REVIEWS, task.seed, vocabulary])
-    with filelock.FileLock(f"{folder}.lock"):
-        if not (folder / "train.jsonl").exists():
-            reviews = builtin.corpus(task.reviews + HELD_OUT_REVIEWS, task.seed)
-            train_on, held_out = reviews[: task.reviews], reviews[task.reviews :]
+
+    def make() -> None:
+        reviews = builtin.corpus(task.reviews + HELD_OUT_REVIEWS, task.seed)
+        train_on, held_out = reviews[: task.reviews], reviews[task.reviews :]
+        if processes.is_first():
             builtin.write_tokenizer(folder / "tokenizer", train_on, vocabulary)
-            write_rows(folder / "held_out.jsonl", [{"text": review} for review in held_out])
-            write_rows(folder / "train.jsonl", [{"text": review} for review in train_on])
+        write_rows(folder / "held_out.jsonl", [{"text": review} for review in held_out])
+        write_rows(folder / "train.jsonl", [{"text": review} for review in train_on])
+
+    processes.make_once(folder, "train.jsonl", make)
     return folder
 
 
@@ -120,10 +123,12 @@ def make_sft(task: config.Task, log: config.Log) -> Path:
     record = flags.to_json(run, SFT_FILE)
     identity = {name: value for name, value in record.items() if name not in ("workdir", "log")}
     folder = cached("sft", [identity, dataclasses.asdict(preset(task.model))])
-    with filelock.FileLock(f"{folder}.lock"):
-        if not (folder / train.DONE).exists():
-            print(f"training the built-in task's SFT model, {run.steps} steps, once: {folder}")
-            train.train(prepare(run.replace(workdir=str(folder))), SFT_FILE)
+
+    def make() -> None:
+        print(f"training the built-in task's SFT model, {run.steps} steps, once: {folder}")
+        train.train(prepare(run.replace(workdir=str(folder))), SFT_FILE)
+
+    processes.make_once(folder, train.DONE, make)
     return folder
 
 
@@ -135,18 +140,20 @@ def make_preferences(task: config.Task, source: str, data: config.Data) -> Path:
     as_pairs = data.examples in PAIRED_KINDS
     kind = "pairs" if as_pairs else data.examples
     folder = cached(kind, [samples.name, task.pairs_per_prefix if as_pairs else None])
-    with filelock.FileLock(f"{folder}.lock"):
-        if not (folder / "train.jsonl").exists():
-            for name in ("held_out", "train"):
-                sampled = (samples / f"{name}.jsonl").read_text().splitlines()
-                rows = [row for line in sampled for row in rank(json.loads(line), kind, task)]
-                if not rows:
-                    raise ValueError(
-                        f"the {name} completions that {source} writes have too few different "
-                        f"rewards for {kind} to learn from: train it longer, or take more "
-                        "--task.prefixes or --task.completions"
-                    )
-                write_rows(folder / f"{name}.jsonl", rows)
+
+    def make() -> None:
+        for name in ("held_out", "train"):
+            sampled = (samples / f"{name}.jsonl").read_text().splitlines()
+            rows = [row for line in sampled for row in rank(json.loads(line), kind, task)]
+            if not rows:
+                raise ValueError(
+                    f"the {name} completions that {source} writes have too few different "
+                    f"rewards for {kind} to learn from: train it longer, or take more "
+                    "--task.prefixes or --task.completions"
+                )
+            write_rows(folder / f"{name}.jsonl", rows)
+
+    processes.make_once(folder, "train.jsonl", make)
     return folder
 
 
@@ -173,16 +180,17 @@ def make_samples(task: config.Task, source: str, data: config.Data) -> Path:
     sizes = [getattr(task, name) for name in (*SAMPLE_FIELDS, "seed")]
     weights = reference.fingerprint(initial.policy(model))
     folder = cached("samples", [weights, words.fingerprint, *sizes])
-    with filelock.FileLock(f"{folder}.lock"):
-        if not (folder / "train.jsonl").exists():
-            print(
-                f"sampling {task.completions} completions of {task.prefixes} prefixes, once: "
-                f"{folder}"
-            )
-            prefixes = builtin.prefixes(task.prefixes + task.held_out_prefixes, task.seed)
-            rows = sample(task, model, words, prefixes, mesh)
-            write_rows(folder / "held_out.jsonl", rows[task.prefixes :])
-            write_rows(folder / "train.jsonl", rows[: task.prefixes])
+
+    def make() -> None:
+        print(
+            f"sampling {task.completions} completions of {task.prefixes} prefixes, once: {folder}"
+        )
+        prefixes = builtin.prefixes(task.prefixes + task.held_out_prefixes, task.seed)
+        rows = sample(task, model, words, prefixes, mesh)
+        write_rows(folder / "held_out.jsonl", rows[task.prefixes :])
+        write_rows(folder / "train.jsonl", rows[: task.prefixes])
+
+    processes.make_once(folder, "train.jsonl", make)
     return folder
 
 
@@ -234,5 +242,6 @@ def cached(kind: str, content: list) -> Path:
 
 
 def write_rows(file: Path, rows: list) -> None:
-    """Rows as JSON lines, all or none."""
-    paths.write_text(str(file), "".join(json.dumps(row) + "\n" for row in rows))
+    """Rows as JSON lines, all or none; the first process writes them."""
+    if processes.is_first():
+        paths.write_text(str(file), "".join(json.dumps(row) + "\n" for row in rows))

@@ -33,13 +33,14 @@ from dpo_jax import (
     metrics,
     origins,
     paths,
+    processes,
     reference,
     sharding,
     train_step,
 )
 from dpo_jax.data import pack
 
-DONE = "DONE"
+DONE, INPUTS = "DONE", "inputs.json"
 # largest log-ratio per token, in nats, between two computations with the same weights
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 # batches made ahead of the step
@@ -65,24 +66,43 @@ def train(
     inputs.enable_compile_cache(paths.join(paths.cache_folder(), "compiled"))
     mesh = sharding.make_mesh(experiment.mesh, jax.devices())
     run, state = assemble.assemble(experiment, mesh, keeper)
-    # only now, so that a run whose input is refused leaves no folder behind
-    if not paths.exists(paths.join(folder, "config.json")):
-        flags.write_run(folder, experiment, experiment_file)
     check_inputs(folder, run.identities)
+    # only now, so that a run whose input is refused leaves no folder behind
+    if processes.is_first():
+        write_start(folder, run, experiment_file)
+    processes.wait("the run's folder is there")
+    with checkpoint.make_checkpointer(folder, experiment.checkpoint) as checkpointer:
+        run, state = resume(checkpointer, run, state)
+        with make_writer(run, folder, int(state.step), experiment_file) as writer:
+            with catching_sigterm() as stop, contextlib.ExitStack() as trace:
+                loop(run, folder, state, Ends(checkpointer, writer, stop, trace))
+    if processes.is_first():
+        paths.write_text(paths.join(folder, DONE), "")
+    processes.wait("the run is done")
+
+
+def write_start(folder: str, run: assemble.Run, experiment_file: str | Path) -> None:
+    """Writes what a run's folder has before the first step, but for what is there."""
+    if not paths.exists(paths.join(folder, "config.json")):
+        flags.write_run(folder, run.experiment, experiment_file)
+    if not paths.exists(paths.join(folder, INPUTS)):
+        paths.write_text(paths.join(folder, INPUTS), json.dumps(run.identities, indent=1))
     inputs.write_reports(folder, {"train": run.train, "held_out": run.held_out})
     if not paths.exists(paths.join(folder, origins.MODEL)):
         run.tokenizer.save(paths.join(folder, origins.TOKENIZER))
         origins.write(folder, run.initial.model.config, run.initial.adapter)
-    record = flags.to_json(experiment, experiment_file)
-    with checkpoint.make_checkpointer(folder, experiment.checkpoint) as checkpointer:
-        run, state = resume(checkpointer, run, state)
-        first = int(state.step)
-        # the line of step 0 too is written again where no checkpoint was saved
-        metrics.cut(folder, first or -1)
-        with metrics.Writer(folder, experiment.log, experiment.steps, first, record) as writer:
-            with catching_sigterm() as stop, contextlib.ExitStack() as trace:
-                loop(run, folder, state, Ends(checkpointer, writer, stop, trace))
-    paths.write_text(paths.join(folder, DONE), "")
+
+
+def make_writer(
+    run: assemble.Run, folder: str, first: int, experiment_file: str | Path
+) -> metrics.Writer | metrics.Unwritten:
+    """Where the lines of the steps after the first one go."""
+    if not processes.is_first():
+        return metrics.Unwritten()
+    # the line of step 0 too is written again where no checkpoint was saved
+    metrics.cut(folder, first or -1)
+    record = flags.to_json(run.experiment, experiment_file)
+    return metrics.Writer(folder, run.experiment.log, run.experiment.steps, first, record)
 
 
 def find_folder(experiment: config.Experiment) -> str:
@@ -103,13 +123,11 @@ def find_folder(experiment: config.Experiment) -> str:
 
 
 def check_inputs(folder: str, identities: dict[str, str]) -> None:
-    """Writes the content hashes of rows and weights, or finds those of the run's start equal.
-
-    ValueError names what has changed since.
+    """Raises ValueError that names the rows and weights whose content hash is not that of the
+    run's start.
     """
-    path = paths.join(folder, "inputs.json")
+    path = paths.join(folder, INPUTS)
     if not paths.exists(path):
-        paths.write_text(path, json.dumps(identities, indent=1))
         return
     before = json.loads(paths.read_text(path))
     changed = [
@@ -132,7 +150,7 @@ def resume(
     items = checkpoint.abstract(saved_items(run, state))
     restored = checkpoint.restore(checkpointer, step, items)
     print(f"going on from step {step}")
-    placed = jax.device_put(np.int32(step), state.step.sharding)
+    placed = sharding.replicate(np.int32(step), run.mesh)
     reference = restored.pop("reference", run.held.reference)
     run = run._replace(held=run.held._replace(reference=reference))
     return run, train_step.TrainState(placed, **restored)
@@ -152,7 +170,7 @@ class Ends(NamedTuple):
     """Where a run's effects go."""
 
     checkpointer: Any
-    writer: metrics.Writer
+    writer: metrics.Writer | metrics.Unwritten
     # set by SIGTERM
     stop: threading.Event
     # the profiler, while it runs
@@ -167,6 +185,7 @@ def loop(run: assemble.Run, folder: str, state: train_step.TrainState, ends: End
         check_metric(experiment, found)
         ends.writer.write(0, found)
     pending, clock = None, time.perf_counter()
+    agree = processes.make_agreement(run.mesh)
     with contextlib.closing(batches(run, first)) as made:
         for step, batch, facts in made:
             profile(experiment.profile, folder, step, state, ends.trace)
@@ -181,8 +200,9 @@ def loop(run: assemble.Run, folder: str, state: train_step.TrainState, ends: End
             if run.follow is not None and divides(experiment.reference.update_every, done):
                 followed = run.follow(run.held.reference, state.params)
                 run = run._replace(held=run.held._replace(reference=followed))
-            if ends.stop.is_set() or done == experiment.steps or due(experiment, done):
-                pause(run, folder, state, fetch(pending, clock), ends)
+            stops = agree(ends.stop.is_set(), state.step)
+            if stops or done == experiment.steps or due(experiment, done):
+                pause(run, folder, state, fetch(pending, clock), ends, stops=stops)
                 pending, clock = None, time.perf_counter()
 
 
@@ -214,11 +234,11 @@ def fetch(pending: tuple, clock: float) -> tuple[int, dict[str, float]]:
     return step, {**shown, **{name: facts[name] for name in facts if name != "tokens"}, **timed}
 
 
-def pause(run: assemble.Run, folder: str, state, line: tuple, ends: Ends) -> None:
+def pause(run: assemble.Run, folder: str, state, line: tuple, ends: Ends, *, stops: bool) -> None:
     """Evaluates and saves as is due after a step; its line is on disk before its checkpoint is."""
     (step, values), experiment = line, run.experiment
-    last, stopping = step == experiment.steps, ends.stop.is_set()
-    saves = last or stopping or divides(experiment.checkpoint_every, step)
+    last = step == experiment.steps
+    saves = last or stops or divides(experiment.checkpoint_every, step)
     # the best checkpoints are told apart by an evaluation of each
     ranks = saves and experiment.checkpoint.keep_best > 0
     if last or ranks or divides(experiment.evaluate_every, step):
@@ -228,7 +248,7 @@ def pause(run: assemble.Run, folder: str, state, line: tuple, ends: Ends) -> Non
         ends.writer.flush()
         ranked = {name: values[name] for name in (experiment.checkpoint.metric,) if ranks}
         checkpoint.save(ends.checkpointer, step, saved_items(run, state), ranked)
-    if stopping and not last:
+    if stops and not last:
         print(f"SIGTERM: saved step {step}; the same command goes on from there")
         raise SystemExit(143)
 
@@ -270,7 +290,8 @@ def evaluation(
             assemble.compared(run),
             key,
         )
-        evaluate.write_rows(folder, step, rows)
+        if processes.is_first():
+            evaluate.write_rows(folder, step, rows)
         found |= {f"samples/{name}": value for name, value in sampled.items()}
     return found
 
@@ -283,13 +304,15 @@ def batches(
     """
     data, plan, table = run.train
     seed, dropout = run.experiment.seed, run.experiment.lora.dropout
+    held = sharding.held_rows(run.mesh)
 
     def make(step: int) -> tuple[dict, dict[str, float]]:
-        batch = pack.batch(data, plan, step)
+        batch = pack.batch(data, plan, step, held)
         if dropout:
             draws = np.random.default_rng([seed, step]).integers(2**32, size=len(batch["tokens"]))
             batch[logps.NOISE] = draws.astype(np.uint32)
-        facts = {**pack.fill(batch), "tokens": float((batch["example"] > 0).sum())}
+        facts = pack.fill(data, plan, batch)
+        facts["tokens"] = facts["fill/tokens"] * batch["tokens"].size
         return sharding.put_batch(reference.with_table(batch, table), run.mesh), facts
 
     pool = concurrent.futures.ThreadPoolExecutor(1, "batches")
@@ -357,7 +380,7 @@ def profile(
     window: config.Profile, folder: str, step: int, state, running: contextlib.ExitStack
 ) -> None:
     """Starts the profiler before the window's first step and stops it after its last."""
-    if window.start is None:
+    if window.start is None or not processes.is_first():
         return
     if step == window.start:
         running.enter_context(jax.profiler.trace(paths.join(folder, "profile")))

@@ -1,17 +1,27 @@
-"""Trains one experiment: python -m scripts.train experiments/dpo.py --workdir runs/dpo [--help]."""
+"""Trains one experiment: python -m scripts.train experiments/dpo.py --workdir runs/dpo [--help].
 
+With several processes, each is started with the same command. A TPU and SLURM tell them of each
+other; elsewhere --processes.coordinator HOST:PORT --processes.count N --processes.id I do.
+"""
+
+import os
 import sys
 
-from dpo_jax import flags
+from dpo_jax import addresses, flags
 
 
 def main() -> None:
     """Parses the command line and runs."""
-    experiment, experiment_file = flags.from_command_line(sys.argv[1:], "python -m scripts.train")
+    try:
+        address, arguments = addresses.parse(sys.argv[1:], os.environ)
+    except ValueError as error:
+        flags.stop(error)
+    experiment, experiment_file = flags.from_command_line(arguments, "python -m scripts.train")
     if experiment.workdir is None:
         experiment = experiment.replace(workdir=f"runs/{experiment_file.stem}")
-    from dpo_jax import task
+    from dpo_jax import processes, task
 
+    processes.start(address)
     try:
         task.run(experiment, experiment_file)
     except (ValueError, FloatingPointError) as error:

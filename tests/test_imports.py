@@ -18,6 +18,7 @@ FOLDERS = ("dpo_jax", "experiments", "scripts", "tests")
 LOWER = (
     *("dpo_jax.checks", "dpo_jax.config", "dpo_jax.environment", "dpo_jax.flags"),
     *("dpo_jax.functions", "dpo_jax.paths", "dpo_jax.metrics", "dpo_jax.sharding"),
+    *("dpo_jax.addresses", "dpo_jax.processes"),
     *("dpo_jax.logps", "dpo_jax.losses", "dpo_jax.tables", "dpo_jax.data", "dpo_jax.model"),
     "dpo_jax.hlo",
     *("dpo_jax.catalogue", "dpo_jax.loss_curves", "dpo_jax.loss_figures"),
@@ -32,7 +33,7 @@ UPPER = (
 WITHOUT_JAX = (
     *("dpo_jax.checks", "dpo_jax.config", "dpo_jax.environment", "dpo_jax.flags"),
     *("dpo_jax.functions", "dpo_jax.paths", "dpo_jax.data", "dpo_jax.sweep", "dpo_jax.report"),
-    *("dpo_jax.hlo", "dpo_jax.chips"),
+    *("dpo_jax.hlo", "dpo_jax.addresses", "dpo_jax.chips"),
 )
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 # the last two as their own documentation has them

@@ -41,7 +41,7 @@ def filled(data: tokenise.Tokenised, plan: pack.Plan, number: int) -> tuple[floa
     found = []
     for step in range(number):
         batch = pack.batch(data, plan, step)
-        found.append(tuple(pack.fill(batch).values()))
+        found.append(tuple(pack.fill(data, plan, batch).values()))
         shape = (*batch["tokens"].shape, batch["source"].shape[1])
         assert shape in [one[:3] for one in plan.ladder]
     tokens, scored = np.mean(found, axis=0)

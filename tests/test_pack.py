@@ -105,7 +105,8 @@ def test_the_rows_of_every_batch_are_a_multiple_of_the_parts(draw_examples, part
 
 def test_the_layout_of_two_examples_in_one_row_token_by_token():
     shape = rows.Shape(rows=1, tokens=12, scored=9, examples=3)
-    batch = pack.pack(HAND, pack.Plan(2, 1, 0, (shape,)), np.array([0, 1]))
+    plan = pack.Plan(2, 1, 0, (shape,))
+    batch = pack.pack(HAND, plan, np.array([0, 1]))
     expected = {
         "tokens": [11, 12, 21, 22, 23, 31, 41, 51, 61, 62, 0, 0],
         "example": [1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0],
@@ -130,7 +131,31 @@ def test_the_layout_of_two_examples_in_one_row_token_by_token():
     assert list(batch["length"]) == ["chosen", "rejected"]
     assert batch["length"]["chosen"].dtype == np.int32
     assert batch["weight"].dtype == np.float32
-    assert pack.fill(batch) == {"fill/tokens": 10 / 12, "fill/scored": 7 / 9}
+    assert pack.fill(HAND, plan, batch) == {"fill/tokens": 10 / 12, "fill/scored": 7 / 9}
+
+
+def test_of_rows_that_are_not_held_here_no_token_is_read_and_the_others_are_the_same(
+    draw_examples,
+):
+    data = draw_examples(60, tokens=(2, 12))
+    plan = pack.plan(data, 16, 4, seed=3)
+    whole = pack.batch(data, plan, 1)
+    count = len(whole["tokens"])
+    held = np.arange(count) % 4 == 1
+    slots = np.repeat(held, len(whole["weight"]) // count)
+    read = np.zeros(len(data.tokens), bool)
+    for example in whole["index"][slots & (whole["weight"] > 0)]:
+        for first, stop in (data.prompts[example], *data.completions[example]):
+            read[first:stop] = True
+    # what is not read may as well be another token
+    hidden = dataclasses.replace(data, tokens=np.where(read, data.tokens, -1))
+    part = pack.batch(hidden, plan, 1, lambda rows: np.arange(rows) % 4 == 1)
+    for name in ("tokens", "example", "branch", "position", "source", "target", "slot"):
+        np.testing.assert_array_equal(part[name][held], whole[name][held])
+        assert not part[name][~held].any()
+    for name, length in part["length"].items():
+        np.testing.assert_array_equal(length[slots], whole["length"][name][slots])
+    assert pack.fill(data, plan, part) == pack.fill(data, plan, whole)
 
 
 def test_a_row_without_examples_is_empty_throughout():
@@ -270,7 +295,7 @@ def test_steps_counted_in_tokens_take_every_example_in_turn(draw_examples, names
     assert max(held) <= 1024 and len({batch["tokens"].shape for batch in found}) <= 4
     # the examples that they take differ in number, and few would have found room in the last step
     assert len({batch["weight"].sum() for batch in found}) > 1
-    assert np.mean([pack.fill(batch)["fill/tokens"] for batch in found]) > 0.9
+    assert np.mean([pack.fill(data, plan, batch)["fill/tokens"] for batch in found]) > 0.9
 
 
 def test_steps_counted_in_tokens_are_a_function_of_data_seed_step_and_parts(draw_examples):

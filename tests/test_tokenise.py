@@ -413,19 +413,17 @@ def test_whatever_the_ids_depend_on_is_part_of_the_cache_key(source):
     tokenise.load(config.Data(**{**base, "source": copy}), refusing(), "pairs")
 
 
+@pytest.mark.parametrize("damaged", ["json", "tokens.npy"])
 @pytest.mark.parametrize("damage", ["cut", "changed", "empty", "text", "removed"])
-def test_a_damaged_cache_file_is_made_again(source, own_cache, damage):
+def test_a_damaged_cache_file_is_made_again(source, own_cache, damage, damaged):
     data = config.Data(source=source(pairs(9)))
     first = tokenise.load(data, make(), "pairs")[0]
-    (file,) = own_cache.rglob("*.npz")
+    (file,) = own_cache.rglob(f"train.{damaged}")
     content = file.read_bytes()
     if damage == "removed":
         file.unlink()
     elif damage == "changed":
-        with np.load(file) as arrays:
-            changed = dict(arrays)
-        changed["tokens"][3] += 1
-        np.savez(file, allow_pickle=False, **changed)
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     else:
         file.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "text": b"x"}[damage])
     with pytest.raises(AssertionError, match="tokenised again"):
@@ -434,12 +432,21 @@ def test_a_damaged_cache_file_is_made_again(source, own_cache, damage):
     assert tokenise.load(data, refusing(), "pairs")[0].fingerprint == first.fingerprint
 
 
+def test_tokens_are_mapped_from_the_cache_and_not_held_in_memory(source):
+    data = config.Data(source=source(pairs(9)))
+    for words in (make(), refusing()):
+        found = tokenise.load(data, words, "pairs")[0]
+        # a view of a file is what NumPy holds no memory of its own for
+        assert not found.tokens.flags.owndata
+        assert isinstance(found.tokens.base, np.memmap)
+
+
 def test_the_cache_may_lie_on_another_file_system(source, monkeypatch):
     monkeypatch.setenv("DPO_JAX_CACHE", "memory://tokenised-cache")
     data = config.Data(source=source(pairs(3)))
     first = tokenise.load(data, make(), "pairs")[0]
     assert tokenise.load(data, refusing(), "pairs")[0].fingerprint == first.fingerprint
-    assert paths.listing("memory://tokenised-cache/tokenised/*/train.npz")
+    assert paths.listing("memory://tokenised-cache/tokenised/*/train.json")
 
 
 def test_a_report_is_described_in_one_line():

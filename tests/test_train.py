@@ -87,11 +87,11 @@ def test_steps_counted_in_tokens_do_not_go_on_with_other_shards(folder: Path, tm
 def test_what_goes_wrong_while_a_batch_is_made_is_raised_with_its_own_traceback(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def broken(data, plan, step):
+    def broken(data, plan, step, held):
         asked.append(step)
         if step == 2:
             raise OverflowError("from the thread")
-        return whole(data, plan, step)
+        return whole(data, plan, step, held)
 
     asked, whole = [], pack.batch
     monkeypatch.setattr(pack, "batch", broken)
@@ -107,9 +107,9 @@ def test_what_goes_wrong_while_a_batch_is_made_is_raised_with_its_own_traceback(
 def test_batches_are_made_ahead_and_no_further_once_the_run_stops(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def counted(data, plan, step):
+    def counted(data, plan, step, held):
         asked.append(step)
-        return whole(data, plan, step)
+        return whole(data, plan, step, held)
 
     asked, whole = [], pack.batch
     monkeypatch.setattr(pack, "batch", counted)

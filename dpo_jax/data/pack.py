@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from dpo_jax import config
 from dpo_jax.data import ladder as data_ladder
 from dpo_jax.data import rows, steps, tokenise
 
+# says which of so many rows of a batch are held here: bool [B]
+Held = Callable[[int], np.ndarray]
 # the name under which a prompt's own tokens are scored
 PROMPT = "prompt"
 # examples of the steps that are tried out while the shapes are chosen, and how many steps they are
@@ -178,27 +180,35 @@ def fingerprint(plan: Plan) -> str:
     return hashlib.blake2b(starts.tobytes(), digest_size=16).hexdigest()
 
 
-def batch(data: tokenise.Tokenised, plan: Plan, step: int) -> dict:
+def all_rows(count: int) -> np.ndarray:
+    """Says that every row of a batch is held here: bool [B]."""
+    return np.ones(count, bool)
+
+
+def batch(data: tokenise.Tokenised, plan: Plan, step: int, held: Held = all_rows) -> dict:
     """The batch of a training step, as `docs/design.md` lists it, NumPy arrays, and `index` int32
-    [N] beside it.
+    [N] beside it. Rows that are not held here stay empty: their tokens are not read.
     """
-    return pack(data, plan, examples(len(data.prompts), plan, step))
+    return pack(data, plan, examples(len(data.prompts), plan, step), held)
 
 
-def evaluation_batches(data: tokenise.Tokenised, plan: Plan):
+def evaluation_batches(
+    data: tokenise.Tokenised, plan: Plan, held: Held = all_rows
+) -> Iterator[dict]:
     """All examples once, in order, the last batch with empty slots of weight 0."""
     for start in range(0, len(data.prompts), plan.batch_size):
-        yield pack(data, plan, np.arange(start, min(start + plan.batch_size, len(data.prompts))))
+        stop = min(start + plan.batch_size, len(data.prompts))
+        yield pack(data, plan, np.arange(start, stop), held)
 
 
-def pack(data: tokenise.Tokenised, plan: Plan, indices: np.ndarray) -> dict:
+def pack(data: tokenise.Tokenised, plan: Plan, indices: np.ndarray, held: Held = all_rows) -> dict:
     """These examples in rows of the cheapest shape of the ladder that holds them."""
     step = rows.sizes(data, plan.scores_prompt, indices)
     for shape in itertools.chain(plan.ladder, own_shapes(plan, len(indices))):
         found = rows.assign(step, shape)
         if found is not None:
             members = [[int(indices[place]) for place in row] for row in found]
-            return _fill(data, members, shape, plan.scores_prompt)
+            return _fill(data, members, shape, plan.scores_prompt, held(shape.rows))
     raise ValueError(
         f"an example has {step.tokens.max()} tokens in a row, {step.scored.max()} of them scored, "
         f"and the plan was made for examples of at most {plan.ladder[-1]}"
@@ -221,7 +231,11 @@ def own_shapes(plan: Plan, examples: int) -> Iterator[rows.Shape]:
 
 
 def _fill(
-    data: tokenise.Tokenised, members: list[list[int]], shape: rows.Shape, scores_prompt: bool
+    data: tokenise.Tokenised,
+    members: list[list[int]],
+    shape: rows.Shape,
+    scores_prompt: bool,
+    held: np.ndarray,
 ) -> dict:
     body = {
         k: np.zeros((shape.rows, shape.tokens), np.int32)
@@ -239,6 +253,8 @@ def _fill(
         for local, example in enumerate(inside):
             slot = row * shape.examples + local
             index[slot], weight[slot] = example, 1.0
+            if not held[row]:
+                continue
             spans = dict(zip(data.names, data.completions[example], strict=True))
             at, sources = _write_example(data, example, local, row, at, body)
             if scores_prompt:
@@ -286,9 +302,10 @@ def _write_example(data, example, local, row, at, body) -> tuple[int, dict[str, 
     return here.stop, sources
 
 
-def fill(batch: dict) -> dict[str, float]:
-    """Shares of the positions and of the scored positions that hold a token."""
+def fill(data: tokenise.Tokenised, plan: Plan, batch: dict) -> dict[str, float]:
+    """Shares of the positions and of the scored positions of all rows that hold a token."""
+    found = rows.sizes(data, plan.scores_prompt, batch["index"][batch["weight"] > 0])
     return {
-        "fill/tokens": float((batch["example"] > 0).mean()),
-        "fill/scored": float((batch["slot"] > 0).mean()),
+        "fill/tokens": float(found.tokens.sum() / batch["tokens"].size),
+        "fill/scored": float(found.scored.sum() / batch["slot"].size),
     }

@@ -61,7 +61,7 @@ def text(ids: np.ndarray, words: tokenizer.Tokenizer) -> str:
 def rows(data: tokenise.Tokenised, experiment: config.Experiment) -> str:
     """How the steps lie in rows on one shard: the compiled shapes and the fill."""
     plan = pack.plan_run(data, experiment, 1)
-    fill = pack.fill(pack.batch(data, plan, 0))
+    fill = pack.fill(data, plan, pack.batch(data, plan, 0))
     return (
         f"{tokenise.describe(data.report)}\n"
         f"{pack.describe(plan, len(data.prompts), experiment.steps)}\n"

@@ -7,20 +7,18 @@ import collections
 import dataclasses
 import functools
 import hashlib
-import io
 import json
-import zipfile
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from dpo_jax import config, paths
+from dpo_jax import config, paths, tables
 from dpo_jax.data import encode, formats, labels, sources
 from dpo_jax.data.tokenizer import Tokenizer
 
 # of the files' layout and of the rules by which a row gets its ids: raise it when one changes
-VERSION = 2
+VERSION = 3
 
 # the fields of config.Data that decide, beside source and tokenizer, what is written
 FIELDS = (
@@ -33,6 +31,10 @@ FIELDS = (
     "label_noise",
     "seed",
 )
+
+
+# the arrays beside the columns
+MAIN = ("tokens", "prompts", "completions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +244,8 @@ def content_hash(names: tuple[str, ...], arrays: dict[str, np.ndarray]) -> str:
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
+        # not tobytes(): what is mapped from disk is read and not copied
+        digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -253,17 +256,20 @@ def through_cache(
     names: list[str],
     make: Callable[[], list[Tokenised]],
 ) -> list[Tokenised]:
-    """What the cache holds under these names, or else what is made now, which is then kept."""
+    """What the cache holds under these names, or else what is made now, which is then kept.
+
+    Either way it is what the cache holds, which on this machine's disk is mapped into memory: pages
+    that are read can be dropped again, so that the rows may be more than memory holds.
+    """
     folder = paths.join(paths.cache_folder(), "tokenised", cache_key(data, words, kind))
-    files = [paths.join(folder, f"{name}.npz") for name in names]
-    cached = [unpack(file) for file in files]
-    found = [one for one in cached if one is not None]
+    files = [paths.join(folder, name) for name in names]
+    found = [one for one in map(stored, files) if one is not None]
     if len(found) == len(files):
         return found
     made = make()
     for file, one in zip(files, made, strict=True):
-        paths.write_bytes(file, packed(one))
-    return made
+        store(file, one)
+    return [stored(file) or one for file, one in zip(files, made, strict=True)]
 
 
 def cache_key(data: config.Data, words: Tokenizer, kind: str) -> str:
@@ -280,29 +286,27 @@ def cache_key(data: config.Data, words: Tokenizer, kind: str) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def packed(one: Tokenised) -> bytes:
-    """The bytes of a file that holds it all."""
+def store(path: str, one: Tokenised) -> None:
+    """Writes path.<array>.npy for each array, then path.json."""
+    arrays = {name: getattr(one, name) for name in MAIN} | one.columns
+    for name, array in arrays.items():
+        paths.write_bytes(f"{path}.{name}.npy", tables.as_bytes(array))
     header = {"names": one.names, "fingerprint": one.fingerprint, "report": one.report}
-    arrays = {name: getattr(one, name) for name in ("tokens", "prompts", "completions")}
-    file = io.BytesIO()
-    arrays = {"header": np.array(json.dumps(header)), **arrays, **one.columns}
-    np.savez(file, allow_pickle=False, **arrays)
-    return file.getvalue()
+    paths.write_text(f"{path}.json", json.dumps({**header, "arrays": list(arrays)}))
 
 
-def unpack(path: str) -> Tokenised | None:
-    """What a file holds; None where there is none, or it is not what was written."""
-    if not paths.exists(path):
-        return None
+def stored(path: str) -> Tokenised | None:
+    """What `store` wrote; None where there is nothing, or it is not what was written."""
     try:
-        with np.load(io.BytesIO(paths.read_bytes(path)), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        header = json.loads(str(arrays.pop("header")))
-        names = tuple(header["names"])
-        if content_hash(names, arrays) != header["fingerprint"]:
+        header = json.loads(paths.read_text(f"{path}.json"))
+        arrays = {
+            name: np.asarray(tables.read_column(f"{path}.{name}.npy")) for name in header["arrays"]
+        }
+        names, fingerprint = tuple(header["names"]), header["fingerprint"]
+        if content_hash(names, arrays) != fingerprint:
             return None
-        main = {name: arrays.pop(name) for name in ("tokens", "prompts", "completions")}
-        rest = {"fingerprint": header["fingerprint"], "report": header["report"]}
+        main = {name: arrays.pop(name) for name in MAIN}
+        rest = {"fingerprint": fingerprint, "report": header["report"]}
         return Tokenised(names, **main, columns=arrays, **rest)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
