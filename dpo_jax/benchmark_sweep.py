@@ -17,6 +17,7 @@ import jax
 
 from dpo_jax import (
     benchmark,
+    benchmark_worker,
     compiling,
     config,
     environment,
@@ -112,7 +113,8 @@ def time_process(command: Sequence[str], folder: str) -> Timed:
             f"a process ended with exit code {done.returncode}; its error is above; it printed "
             f"last: {done.stdout[-500:]}"
         )
-    return Timed(wall=wall, **json.loads(done.stdout.splitlines()[-1]))
+    answer = done.stdout.splitlines()[-1].removeprefix(benchmark_worker.ANSWER)
+    return Timed(wall=wall, **json.loads(answer))
 
 
 def work(experiment: config.Experiment, file: Path, folder: Path, chosen: Sequence[int]) -> None:
@@ -132,7 +134,7 @@ def work(experiment: config.Experiment, file: Path, folder: Path, chosen: Sequen
         "compiling": compiling.seconds(spans),
         "steps": compiling.count(spans, "step"),
     }
-    benchmark.say(said)
+    benchmark_worker.say(said)
 
 
 def describe(record: dict[str, Any]) -> str:
