@@ -35,7 +35,7 @@ def test_products_and_gradients_are_those_of_sums_in_float64(name):
         cotangent.reshape(np.prod(tokens), -1),
     )
     given = (jnp.asarray(array, jnp.float32) for array in (hidden, weights))
-    found, pull = jax.vjp(lambda *both: products.product(*both, inputs), *given)
+    found, pull = jax.vjp(lambda left, right: products.product(left, right, inputs), *given)
     by_hidden, by_weights = pull(jnp.asarray(cotangent, jnp.float32))
     expected = (flat[0] @ flat[1]).reshape(cotangent.shape)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
@@ -56,7 +56,7 @@ def test_no_wide_activations_are_turned_round_for_the_gradient_of_a_gated_mlp():
 
     gradient = jax.jit(jax.grad(total, argnums=(0, 1)))
     compiled = gradient.lower(hidden, (wide, wide, narrow)).compile()
-    program = text.parse(compiled.as_text())
+    program = text.parse(str(compiled.as_text()))
     dims = [
         array.dims
         for computation in program.computations.values()

@@ -217,7 +217,7 @@ def pack(data: tokenise.Tokenised, plan: Plan, indices: np.ndarray, held: Held =
 
 def empty(data: tokenise.Tokenised, shape: rows.Shape, *, scores_prompt: bool) -> dict:
     """A batch of this shape without any example: what one looks like."""
-    return _fill(data, [], shape, scores_prompt)
+    return _fill(data, [], shape, scores_prompt, all_rows(shape.rows))
 
 
 def own_shapes(plan: Plan, examples: int) -> Iterator[rows.Shape]:
