@@ -6,7 +6,7 @@ Dimensions: B rows, L tokens, S scored tokens, D width.
 """
 
 import functools
-from collections import defaultdict
+import collections
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -146,7 +146,7 @@ def offences(found: text.Program, mesh: Any, dtype: str) -> list[str]:
         for made in costs.largest_arrays(found, 10**6)
         if {ROWS, ROWS * LENGTH, ROWS * SCORED} & {*made.array.dims} and made.bytes > share
     ]
-    moved: defaultdict[tuple, float] = defaultdict(float)
+    moved: collections.defaultdict[tuple, float] = collections.defaultdict(float)
     for one in collectives.collectives(found, sizes):
         sums = one.kind in ("all-reduce", "reduce-scatter") and one.axes != ("tensor",)
         moved["sums" if sums else one.kind, () if sums else one.axes] += one.bytes * one.times
