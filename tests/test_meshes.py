@@ -5,8 +5,8 @@ Those marked tpu need no TPU: libtpu compiles for one (pip install --no-deps "li
 Dimensions: B rows, L tokens, S scored tokens, D width.
 """
 
-import functools
 import collections
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
