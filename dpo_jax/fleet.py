@@ -11,9 +11,9 @@ import contextlib
 import dataclasses
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from dpo_jax import queued_resources
 from dpo_jax.queued_resources import Refused, Resource
@@ -148,7 +148,22 @@ async def held(resource: Resource, work: Work) -> AsyncIterator[None]:
         yield
     finally:
         if is_ours:
-            await remove(resource, work)
+            await finish(remove(resource, work))
+
+
+async def finish(work: Coroutine[Any, Any, None]) -> None:
+    """Waits for the end of something that goes on where this is cancelled, and is cancelled after
+    it: a signal may come while a resource is being deleted.
+    """
+    task, cancelled = asyncio.ensure_future(work), False
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            cancelled = True
+    task.result()
+    if cancelled:
+        raise asyncio.CancelledError
 
 
 async def remove(resource: Resource, work: Work) -> None:

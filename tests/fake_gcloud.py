@@ -86,6 +86,7 @@ def describe(name: str, arguments: list[str]) -> None:
 
 def delete(name: str, arguments: list[str]) -> None:
     assert "--force" in arguments and "--quiet" in arguments
+    time.sleep(SCENARIO.get("delete_seconds", 0))
     if still_planned("delete_failures"):
         stop("ERROR: (gcloud.compute.tpus.queued-resources.delete) UNAVAILABLE: try again")
     with State() as state:

@@ -208,6 +208,16 @@ def test_a_users_error_is_not_tried_again_and_its_reason_is_shown(cloud):
     assert "failed: 1 seed=1\n      exit code 1: [0] ValueError: row 7 has no chosen" in table
 
 
+def test_a_signal_while_a_resource_is_being_deleted_lets_that_come_to_its_end(cloud):
+    cloud.plan(errors={"0": "no"}, delete_seconds=1)
+    first = cloud.start("--index", "0")
+    wait_until(lambda: bool(cloud.calls("delete")), first)
+    first.send_signal(signal.SIGINT)
+    printed, _ = first.communicate(timeout=30)
+    assert first.returncode == 128 + signal.SIGINT, printed
+    assert cloud.left() == [] and len(cloud.calls("delete")) == 1, printed
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=SLOW)])
 def test_a_second_launcher_is_refused_and_a_signal_deletes_the_resources(cloud, number):
     cloud.plan(endless=[0])
