@@ -40,9 +40,10 @@ from dpo_jax.data import steps as data_steps
 from dpo_jax.hlo import costs, text
 
 ROOT = Path(__file__).resolve().parents[1]
-# glibc's: keep freed memory, so that every step does not ask the kernel for it again
+# glibc's: keep freed memory, so that every step does not ask the kernel for it again. A threshold of
+# mmap over 32 MiB would be ignored.
 ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "68719476736",
     "MALLOC_TOP_PAD_": "268435456",
 }
