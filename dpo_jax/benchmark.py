@@ -40,8 +40,8 @@ from dpo_jax.data import steps as data_steps
 from dpo_jax.hlo import costs, text
 
 ROOT = Path(__file__).resolve().parents[1]
-# glibc's: keep freed memory, so that every step does not ask the kernel for it again. A threshold of
-# mmap over 32 MiB would be ignored.
+# glibc's: keep freed memory, so that every step does not ask the kernel for it again. It ignores
+# thresholds of mmap over 32 MiB.
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "68719476736",
