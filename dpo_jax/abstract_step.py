@@ -58,9 +58,6 @@ class Step(NamedTuple):
     numbers: dict
     examples: Examples
     plan: pack.Plan
-    # distinct tokens of prompts and completions of a step of the compiled shape, where that is
-    # filled as the run's steps are on average
-    useful: float
 
 
 def make(experiment: config.Experiment, examples: Examples, mesh) -> Step:
@@ -92,7 +89,6 @@ def make(experiment: config.Experiment, examples: Examples, mesh) -> Step:
         },
         examples,
         plan,
-        plan.ladder[-1].rows * plan.ladder[-1].tokens * plan.curve[len(plan.ladder) - 1].tokens,
     )
 
 
@@ -127,7 +123,7 @@ def make_padded(experiment: config.Experiment, examples: Examples, mesh) -> Step
         "weight": jax.ShapeDtypeStruct((count,), jnp.float32, sharding=where),
     }
     plan = dataclasses.replace(packed.plan, ladder=(shape,), curve=(fill,))
-    return packed._replace(step=jitted, batch=batch, plan=plan, useful=useful)
+    return packed._replace(step=jitted, batch=batch, plan=plan)
 
 
 def spans(places: np.ndarray) -> np.ndarray:
@@ -278,6 +274,14 @@ def make_table(experiment: config.Experiment, batch: dict, count: int) -> dict[s
 def fill(step: Step) -> ladder.Fill:
     """What the run's steps fill of their shapes on average."""
     return step.plan.curve[len(step.plan.ladder) - 1]
+
+
+def useful_tokens(step: Step) -> float:
+    """Distinct tokens of prompts and completions of a step of the compiled shape, where that is
+    filled as the run's steps are on average.
+    """
+    shape = step.plan.ladder[-1]
+    return shape.rows * shape.tokens * fill(step).tokens
 
 
 def epoch_tokens(step: Step) -> float:

@@ -32,6 +32,7 @@ from dpo_jax import (
     benchmark_worker,
     config,
     environment,
+    flags,
     inputs,
     sharding,
 )
@@ -39,7 +40,6 @@ from dpo_jax.data import rows
 from dpo_jax.data import steps as data_steps
 from dpo_jax.hlo import costs, text
 
-ROOT = Path(__file__).resolve().parents[1]
 # glibc's: keep freed memory, so that every step does not ask the kernel for it again. It ignores
 # thresholds of mmap over 32 MiB.
 ALLOCATOR = {
@@ -47,8 +47,6 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": "68719476736",
     "MALLOC_TOP_PAD_": "268435456",
 }
-
-
 # steps of the run of which the first are timed: its shapes are those of a run that is worth them
 LONG_RUN = 10_000
 
@@ -117,7 +115,7 @@ def run(
         data_steps.between(count, experiment.seed, int(first), int(last))
         for first, last in itertools.pairwise(starts)
     ]
-    useful = [int(rows.sizes(found.train).tokens[chosen].sum()) for chosen in examples]
+    useful = [int(rows.sizes(found.train, indices=one).tokens.sum()) for one in examples]
     with tempfile.TemporaryDirectory(prefix="dpo_jax_benchmark_") as folder:
         own = [sys.executable, "-m", "scripts.benchmark", str(experiment_file), *arguments]
         layouts, left_out = benchmark_layouts.possible(experiment, settings.layouts)
@@ -146,7 +144,7 @@ def run(
         "dtype": np.dtype(dtype).name,
         "device": jax.devices()[0].device_kind,
         "devices": len(jax.devices()),
-        "environment": environment.environment(ROOT),
+        "environment": environment.environment(flags.ROOT),
         "useful_tokens_per_step": sum(useful) / steps,
         "floor_flops_per_useful_token": floor / sum(useful),
         "matmul_flops_per_second": benchmark_layouts.matmul_rate(dtype),
@@ -255,7 +253,7 @@ def start(name: str, command: Sequence[str], folder: str) -> Contender:
         stdout=subprocess.PIPE,
         env={**variables, "BENCHMARK_STARTED": str(started)},
         text=True,
-        cwd=ROOT,
+        cwd=flags.ROOT,
     )
     try:
         return Contender(name, process, answer(name, process))

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpo_jax import config, inputs
+from dpo_jax import config, flags, inputs
 from dpo_jax.data import tokenise
 from dpo_jax.model import weights
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+SCRIPTS = flags.ROOT / "scripts"
 
 
 class Peer(NamedTuple):

@@ -11,7 +11,6 @@ Dimensions: N examples.
 import functools
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +24,7 @@ from dpo_jax import (
     contract,
     environment,
     figures,
+    flags,
     initial,
     inputs,
     logps,
@@ -33,11 +33,10 @@ from dpo_jax import (
     sharding,
     train_step,
 )
-from dpo_jax.data import pack, rows, tokenise
+from dpo_jax.data import made_up, pack, rows, tokenise
 from dpo_jax.model import config as model_config
 from dpo_jax.model import decoder
 
-ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("chosen", "rejected")
 # a small Llama
 MODEL = model_config.DecoderConfig(
@@ -105,7 +104,7 @@ def run(sizes: Sizes, experiment: config.Experiment | None = None) -> dict[str, 
         "lengths_from": "a seed" if experiment is None else experiment.data.source,
         "settings": sizes._asdict(),
         "device": jax.devices()[0].device_kind,
-        "environment": environment.environment(ROOT),
+        "environment": environment.environment(flags.ROOT),
     }
 
 
@@ -136,17 +135,8 @@ def share_out(lengths: np.ndarray, total: int) -> np.ndarray:
 
 def make_examples(lengths: np.ndarray, vocabulary: int, seed: int) -> tokenise.Tokenised:
     """Examples of random tokens with these lengths [N, 3]."""
-    stops = lengths.cumsum().reshape(lengths.shape)
-    spans = np.stack([stops - lengths, stops], axis=-1)  # [N, 3, 2]
-    return tokenise.Tokenised(
-        names=NAMES,
-        tokens=np.random.default_rng(seed).integers(1, vocabulary, int(stops[-1, -1]), np.int32),
-        prompts=spans[:, 0],
-        completions=spans[:, 1:],
-        columns={},
-        fingerprint="drawn",
-        report={},
-    )
+    tokens = np.random.default_rng(seed).integers(1, vocabulary, int(lengths.sum()), np.int32)
+    return made_up.lay_out(NAMES, lengths, tokens, "drawn", {})
 
 
 def make_timer(
@@ -163,7 +153,7 @@ def make_timer(
     def time_steps(data: tokenise.Tokenised, count: int, steps: int) -> dict[str, float]:
         nonlocal state
         plan = pack.plan(data, count, sharding.batch_shards(mesh), sizes.seed)
-        seconds, placed, floor = [], [], 0.0
+        seconds, placed, floor, tokens = [], [], 0.0, 0
         for number in range(steps):
             placed.append(sharding.put_batch(pack.batch(data, plan, number), mesh))
             taken = []
@@ -175,9 +165,8 @@ def make_timer(
             seconds.append(float(np.median(taken[WARM:])))
             chosen = pack.examples(len(data.prompts), plan, number)
             floor += benchmark_flops.floor_flops(shape, data, chosen)
+            tokens += int(rows.sizes(data, indices=chosen).tokens.sum())
         flops = benchmark_layouts.count_flops(stepper, state, placed)["flops"]
-        indices = [pack.examples(len(data.prompts), plan, number) for number in range(steps)]
-        tokens = sum(int(rows.sizes(data).tokens[one].sum()) for one in indices)
         point = {"seconds": sum(seconds), "tokens": tokens, "flops": flops, "floor": floor}
         point = {name: value / steps for name, value in point.items()}
         print(describe_point(point), flush=True)

@@ -21,6 +21,7 @@ from dpo_jax import (
     compiling,
     config,
     environment,
+    flags,
     inputs,
     losses,
     sharding,
@@ -94,7 +95,7 @@ def run(experiment: config.Experiment, file: Path, arguments: Sequence[str]) -> 
         "steps": steps,
         "device": jax.devices()[0].device_kind,
         "devices": len(jax.devices()),
-        "environment": environment.environment(benchmark.ROOT),
+        "environment": environment.environment(flags.ROOT),
         "alone": [one._asdict() for one in timed],
         "together": together._asdict(),
     }
@@ -105,7 +106,7 @@ def time_process(command: Sequence[str], folder: str) -> Timed:
     variables = {**os.environ, "DPO_JAX_CACHE": os.path.join(folder, "cache")}
     started = time.perf_counter()
     done = subprocess.run(
-        list(command), env=variables, stdout=subprocess.PIPE, text=True, cwd=benchmark.ROOT
+        list(command), env=variables, stdout=subprocess.PIPE, text=True, cwd=flags.ROOT
     )
     wall = time.perf_counter() - started
     if done.returncode:

@@ -265,11 +265,11 @@ def choose_attention(settings: config.Model, mesh, rows: NamedSharding | None) -
         case "plain", _:
             return attention.attend
         case "blocks", _:
-            return blocks.make_attend(rows)
+            return blocks.make_attend(blocks.attend, rows)
         case "kernel", "tpu":
-            return tpu_kernel.make_attend(rows)
+            return blocks.make_attend(tpu_kernel.attend, rows)
         case "kernel", "gpu" | "cuda":
-            return gpu_kernel.make_attend(rows)
+            return blocks.make_attend(gpu_kernel.attend, rows)
     raise ValueError(
         f"model.attention is kernel, and there is none for the mesh's platform, {platform}: "
         "leave it out, or give blocks"

@@ -195,7 +195,7 @@ def predict(
     sent = roofline.sent_by(program, step.mesh, target)
     seconds = roofline.seconds_of(done, sent, target)
     model_flops = useful_flops(step)
-    tokens, peak = step.useful, devices * target.flops
+    tokens, peak = abstract_step.useful_tokens(step), devices * target.flops
     times = {"hidden": roofline.hidden(seconds), "exposed": roofline.exposed(seconds)}
     epoch = abstract_step.epoch_tokens(step) / tokens
     uncounted = costs.uncounted(program)
@@ -235,7 +235,7 @@ def useful_flops(step: abstract_step.Step) -> float:
     # without gradients of the base's weights, a backward pass costs one forward one
     needed = alone - (0 if step.experiment.lora.rank is None else forward)
     needed += forward if assemble.has_live_reference(step.experiment) else 0
-    return needed * step.useful / tokens
+    return needed * abstract_step.useful_tokens(step) / tokens
 
 
 def advise(step: abstract_step.Step, memory: Mapping[str, float]) -> list[str]:

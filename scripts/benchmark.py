@@ -14,17 +14,41 @@ python -m scripts.benchmark --sweep EXPERIMENT [--json FILE] [flags of the run]:
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
 
-from dpo_jax import flags
+from dpo_jax import config, flags
 
 PROGRAM = "python -m scripts.benchmark"
 
 
 def main() -> None:
-    """Parses the command line; races, or is one of the contenders."""
+    """Runs a command line; errors of the user's are printed and end the process (SystemExit 2)."""
+    own, rest = make_parser().parse_known_args()
+    if own.logps:
+        from dpo_jax import benchmark_logps
+
+        print(benchmark_logps.HEADER, flush=True)
+        for result in benchmark_logps.run(own.rounds):
+            print(benchmark_logps.describe(result), flush=True)
+        return
+    if own.scaling:
+        scale(own, rest)
+        return
+    experiment, file = flags.from_command_line(rest, PROGRAM)
+    try:
+        if own.worker is None:
+            race(own, experiment, file, rest[1:])
+        else:
+            work(own, experiment, file)
+    except ValueError as error:
+        flags.stop(error)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of the program itself."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--layouts", nargs="+", default=["packed", "cached", "plain", "padded"])
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
@@ -42,57 +66,50 @@ def main() -> None:
     parser.add_argument("--folder")
     parser.add_argument("--count", type=int)
     parser.add_argument("--points", nargs="+", type=int)
-    own, rest = parser.parse_known_args()
-    if own.logps:
-        from dpo_jax import benchmark_logps
+    return parser
 
-        print(benchmark_logps.HEADER, flush=True)
-        for result in benchmark_logps.run(own.rounds):
-            print(benchmark_logps.describe(result), flush=True)
-        return
-    if own.scaling:
-        scale(own, rest)
-        return
-    experiment, file = flags.from_command_line(rest, PROGRAM)
+
+def race(
+    own: argparse.Namespace, experiment: config.Experiment, file: Path, rest: list[str]
+) -> None:
+    """Times contenders, or a sweep against its points, and prints the table."""
+    from dpo_jax import benchmark, benchmark_sweep, benchmark_table
+
+    if own.sweep:
+        record = benchmark_sweep.run(experiment, file, rest)
+        print(benchmark_sweep.describe(record))
+    else:
+        peers = dict(one.split("=", 1) for one in own.peer)
+        settings = benchmark.Settings(tuple(own.layouts), peers, own.rounds, own.steps)
+        record = benchmark.run(experiment, file, rest, settings)
+        print(benchmark_table.describe(record))
+    if own.json is not None:
+        Path(own.json).write_text(json.dumps(record, indent=1))
+
+
+def work(own: argparse.Namespace, experiment: config.Experiment, file: Path) -> None:
+    """What the process of a contender does."""
+    import jax
+
     from dpo_jax import (
         benchmark,
         benchmark_layouts,
         benchmark_sweep,
-        benchmark_table,
         benchmark_worker,
         initial,
         sharding,
     )
 
-    try:
-        if own.points is not None:
-            experiment = benchmark.trimmed(experiment, own.count)
-            benchmark_sweep.work(experiment, file, Path(own.folder), own.points)
-            return
-        if own.worker is not None:
-            import dataclasses
-
-            import jax
-
-            model = dataclasses.replace(experiment.model, source=f"{own.folder}/model")
-            experiment = benchmark.trimmed(experiment, benchmark.LONG_RUN).replace(model=model)
-            mesh = sharding.make_mesh(experiment.mesh, jax.devices())
-            stepper = benchmark_layouts.LAYOUTS[own.worker](experiment, mesh)
-            dtype = initial.compute_type(experiment.model)
-            benchmark_worker.work(stepper, iter(sys.stdin), dtype, own.count)
-            return
-        if own.sweep:
-            record = benchmark_sweep.run(experiment, file, rest[1:])
-            print(benchmark_sweep.describe(record))
-        else:
-            peers = dict(one.split("=", 1) for one in own.peer)
-            settings = benchmark.Settings(tuple(own.layouts), peers, own.rounds, own.steps)
-            record = benchmark.run(experiment, file, rest[1:], settings)
-            print(benchmark_table.describe(record))
-        if own.json is not None:
-            Path(own.json).write_text(json.dumps(record, indent=1))
-    except ValueError as error:
-        flags.stop(error)
+    if own.points is not None:
+        experiment = benchmark.trimmed(experiment, own.count)
+        benchmark_sweep.work(experiment, file, Path(own.folder), own.points)
+        return
+    model = dataclasses.replace(experiment.model, source=f"{own.folder}/model")
+    experiment = benchmark.trimmed(experiment, benchmark.LONG_RUN).replace(model=model)
+    mesh = sharding.make_mesh(experiment.mesh, jax.devices())
+    stepper = benchmark_layouts.LAYOUTS[own.worker](experiment, mesh)
+    dtype = initial.compute_type(experiment.model)
+    benchmark_worker.work(stepper, iter(sys.stdin), dtype, own.count)
 
 
 def scale(own: argparse.Namespace, rest: list[str]) -> None:

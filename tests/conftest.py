@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import inputs
-from dpo_jax.data import builtin, ladder, tokenise
+from dpo_jax.data import builtin, ladder, made_up, tokenise
 from tests import tiny
 
 # JAX_PLATFORMS=cuda (or tpu) with -m gpu (or tpu) runs the tests that need such a device
@@ -87,20 +87,12 @@ def draw_examples() -> Callable[..., tokenise.Tokenised]:
     ) -> tokenise.Tokenised:
         generator = np.random.default_rng(seed)
         lengths = generator.integers(tokens[0], tokens[1] + 1, (count, 1 + len(names)))
-        stops = lengths.cumsum().reshape(lengths.shape)
-        spans = np.stack([stops - lengths, stops], axis=-1)  # [N, 1 + C, 2]
         columns = {}
         if "mismatched" in names:
             columns["desirable"] = (np.arange(count) % 2 == 0).astype(np.float32)
-        return tokenise.Tokenised(
-            names=names,
-            tokens=generator.integers(1, vocabulary, int(stops[-1, -1]), np.int32),
-            prompts=spans[:, 0],
-            completions=spans[:, 1:],
-            columns=columns,
-            fingerprint=f"drawn {count} {names} {seed} {tokens} {vocabulary}",
-            report={},
-        )
+        ids = generator.integers(1, vocabulary, int(lengths.sum()), np.int32)
+        drawn_as = f"drawn {count} {names} {seed} {tokens} {vocabulary}"
+        return made_up.lay_out(names, lengths, ids, drawn_as, columns)
 
     return draw
 

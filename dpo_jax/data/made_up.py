@@ -58,15 +58,29 @@ def draw(lengths: Lengths, longest: int, kind: str) -> tokenise.Tokenised:
     prompts = np.minimum(sizes[:, 0], longest // 2)
     answers = np.minimum(sizes[:, 1:], (longest - prompts)[:, None])
     sizes = np.concatenate([prompts[:, None], answers], axis=1)
+    columns = {"desirable": np.ones(DRAWN, np.float32)} if kind == "unpaired" else {}
+    tokens = np.zeros(int(sizes.sum()), np.int32)
+    return lay_out(names, sizes, tokens, f"made up {lengths} {longest} {kind}", columns)
+
+
+def lay_out(
+    names: tuple[str, ...],
+    sizes: np.ndarray,
+    tokens: np.ndarray,
+    fingerprint: str,
+    columns: dict[str, np.ndarray],
+) -> tokenise.Tokenised:
+    """Examples of so many tokens of prompt and completions [N, 1 + C], which follow each other in
+    `tokens`.
+    """
     stops = sizes.cumsum().reshape(sizes.shape)
     spans = np.stack([stops - sizes, stops], axis=-1)  # [N, 1 + C, 2]
-    columns = {"desirable": np.ones(DRAWN, np.float32)} if kind == "unpaired" else {}
     return tokenise.Tokenised(
         names=names,
-        tokens=np.zeros(int(stops[-1, -1]), np.int32),
+        tokens=tokens,
         prompts=spans[:, 0],
         completions=spans[:, 1:],
         columns=columns,
-        fingerprint=f"made up {lengths} {longest} {kind}",
+        fingerprint=fingerprint,
         report={},
     )

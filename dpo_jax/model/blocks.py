@@ -31,6 +31,8 @@ class Form(NamedTuple):
     scale: float
     window: int | None
     cap: float | None
+    # of kernels: whether to compute as they would where their device is not there
+    interpret: bool = False
 
 
 class Blocks(NamedTuple):
@@ -100,8 +102,12 @@ def on_each_device(
 
 
 @functools.cache
-def make_attend(rows: NamedSharding | None) -> Callable[..., jax.Array]:
-    """`attend` for rows that lie there; the same function each time, so that decoders compare."""
+def make_attend(
+    attend: Callable[..., jax.Array], rows: NamedSharding | None
+) -> Callable[..., jax.Array]:
+    """`attend`, of this module or of kernels, for rows that lie there; the same function each time,
+    so that decoders compare.
+    """
     return functools.partial(attend, rows=rows)
 
 
@@ -154,23 +160,30 @@ def list_pairs_of_rows(
     lengths = query_ids.example.shape[1], key_ids.example.shape[1]
     # no larger than rows that are shorter than a block
     size = min(BLOCK, -(-max(lengths) // 8) * 8)
-    queries, keys = (
-        attention.Ids(*(cut_rows(jnp.asarray(array), size) for array in ids))
-        for ids in (query_ids, key_ids)
-    )
+    queries, keys = (cut_ids(ids, size) for ids in (query_ids, key_ids))
     return list_pairs(queries, keys, len(query_ids.example), window)
+
+
+def cut_ids(ids: attention.Ids, size: int) -> attention.Ids:
+    """Ids [B, L] in blocks of `size` tokens: [N, b]."""
+    return attention.Ids(*(cut_rows(jnp.asarray(array), size) for array in ids))
 
 
 def list_pairs(
     query_ids: attention.Ids, key_ids: attention.Ids, batch: int, window: int | None
 ) -> Pairs:
     """The pairs of blocks that must be computed, of ids [N, b] of B rows."""
-    needed = find_needed(query_ids, key_ids, batch, window)  # [B, n, n]
-    count = needed.shape[-1]
-    first = jnp.arange(batch, dtype=jnp.int32)[:, None, None] * count
-    order = jnp.argsort(1 - needed, axis=-1, stable=True).astype(jnp.int32) + first
-    counts = needed.sum(axis=-1, dtype=jnp.int32).reshape(-1)
-    return Pairs(query_ids, key_ids, counts, order.reshape(-1, count))
+    return Pairs(query_ids, key_ids, *order(find_needed(query_ids, key_ids, batch, window)))
+
+
+def order(needed: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How many inner blocks each outer one needs, of [B, outer, inner], and their numbers, then any
+    others: int32 [B outer] and [B outer, inner].
+    """
+    batch, _, inner = needed.shape
+    first = jnp.arange(batch, dtype=jnp.int32)[:, None, None] * inner
+    numbers = jnp.argsort(1 - needed, axis=-1, stable=True).astype(jnp.int32) + first
+    return needed.sum(axis=-1, dtype=jnp.int32).reshape(-1), numbers.reshape(-1, inner)
 
 
 def find_needed(

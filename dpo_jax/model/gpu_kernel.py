@@ -7,7 +7,6 @@ Dimensions: B rows, L tokens, H query heads, K key and value heads, G = H / K, D
 a power of 2, b tokens of a block, n blocks of a row, N = B * n.
 """
 
-import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,16 +23,6 @@ from dpo_jax.model import attention, blocks
 # tokens of a block
 BLOCK = 64
 LOWEST = blocks.LOWEST
-
-
-class Form(NamedTuple):
-    """What of attention is fixed when it is compiled."""
-
-    scale: float
-    window: int | None
-    cap: float | None
-    # whether to compute as the kernels would where there is no GPU
-    interpret: bool
 
 
 class Lists(NamedTuple):
@@ -64,18 +53,12 @@ def attend(
 
     `interpret` computes as the kernels would where there is no GPU, for tests.
     """
-    run = partial(attend_rows, Form(scale, window, cap, interpret))
+    run = partial(attend_rows, blocks.Form(scale, window, cap, interpret))
     return blocks.on_each_device(run, rows, query, key, value, query_ids, key_ids)
 
 
-@functools.cache
-def make_attend(rows: NamedSharding | None) -> Callable[..., jax.Array]:
-    """`attend` for rows that lie there; the same function each time, so that decoders compare."""
-    return partial(attend, rows=rows)
-
-
 def attend_rows(
-    form: Form,
+    form: blocks.Form,
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
@@ -96,43 +79,32 @@ def attend_rows(
 
 def list_pairs(query_ids: attention.Ids, key_ids: attention.Ids, window: int | None) -> Lists:
     """The pairs of blocks that must be computed, of ids [B, Lq] and [B, Lk]."""
-    queries, keys = (
-        attention.Ids(*(blocks.cut_rows(jnp.asarray(array), BLOCK) for array in ids))
-        for ids in (query_ids, key_ids)
-    )
+    queries, keys = (blocks.cut_ids(ids, BLOCK) for ids in (query_ids, key_ids))
     needed = blocks.find_needed(queries, keys, len(query_ids.example), window)
     stacked = (jnp.stack(ids, axis=1) for ids in (queries, keys))
-    return Lists(*order(needed), *order(needed.transpose(0, 2, 1)), *stacked)
-
-
-def order(needed: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """How many inner blocks each outer one needs, of [B, outer, inner], and which, then others."""
-    batch, _, inner = needed.shape
-    first = jnp.arange(batch, dtype=jnp.int32)[:, None, None] * inner
-    numbers = jnp.argsort(1 - needed, axis=-1, stable=True).astype(jnp.int32) + first
-    return needed.sum(axis=-1, dtype=jnp.int32).reshape(-1), numbers.reshape(-1, inner)
+    return Lists(*blocks.order(needed), *blocks.order(needed.transpose(0, 2, 1)), *stacked)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend_pairs(form: Form, cut: blocks.Blocks, lists: Lists) -> jax.Array:
+def attend_pairs(form: blocks.Form, cut: blocks.Blocks, lists: Lists) -> jax.Array:
     """What the queries of each block see: [N, K, G b, Dh]."""
     return forward(form, cut, lists)[0]
 
 
-def keep(form: Form, cut: blocks.Blocks, lists: Lists) -> tuple[jax.Array, tuple]:
+def keep(form: blocks.Form, cut: blocks.Blocks, lists: Lists) -> tuple[jax.Array, tuple]:
     """`attend_pairs`, and what its backward pass needs."""
     mixed, log_total = forward(form, cut, lists)
     return mixed, (cut, lists, mixed, log_total)
 
 
-def forward(form: Form, cut: blocks.Blocks, lists: Lists) -> tuple[jax.Array, jax.Array]:
+def forward(form: blocks.Form, cut: blocks.Blocks, lists: Lists) -> tuple[jax.Array, jax.Array]:
     """What the queries see [N, K, G b, Dh], and the log of their softmax's sum [N, K, G b]."""
     log_total = jax.ShapeDtypeStruct(cut.query.shape[:3], jnp.float32)
     results = jax.ShapeDtypeStruct(cut.query.shape, cut.query.dtype), log_total
     return call(attend_block, form, True, (*lists, *cut), results)
 
 
-def backward(form: Form, kept: tuple, cotangent: jax.Array) -> tuple[blocks.Blocks, Lists]:
+def backward(form: blocks.Form, kept: tuple, cotangent: jax.Array) -> tuple[blocks.Blocks, Lists]:
     """The gradients of the blocks; both kernels compute the weights again."""
     cut, lists, mixed, log_total = kept
     product = (cotangent.astype(jnp.float32) * mixed.astype(jnp.float32)).sum(axis=-1)
@@ -148,7 +120,7 @@ attend_pairs.defvjp(keep, backward)
 
 
 def call(
-    kernel: Callable[..., None], form: Form, by_group: bool, inputs: tuple, results: tuple
+    kernel: Callable[..., None], form: blocks.Form, by_group: bool, inputs: tuple, results: tuple
 ) -> Any:
     """What a kernel writes, with a program for each block and head of keys, and of queries where it
     goes by them. Arrays are given whole: a program reads what it needs.
@@ -166,7 +138,7 @@ def call(
     return run(*inputs)
 
 
-def attend_block(form: Form, *references: Any) -> None:
+def attend_block(form: blocks.Form, *references: Any) -> None:
     """What the queries of a block and head see."""
     lists, cut = Lists(*references[:6]), blocks.Blocks(*references[6:9])
     mixed, log_total = references[9:]
@@ -192,7 +164,7 @@ def attend_block(form: Form, *references: Any) -> None:
     log_total[i, head, own] = jnp.where(largest > LOWEST, largest + jnp.log(total), 0.0)
 
 
-def differentiate_query(form: Form, *references: Any) -> None:
+def differentiate_query(form: blocks.Form, *references: Any) -> None:
     """The gradient of the queries of a block and head."""
     lists, inputs = Lists(*references[:6]), references[6:12]
     i, head, own = place()
@@ -208,7 +180,7 @@ def differentiate_query(form: Form, *references: Any) -> None:
     gradient[i, head, own, :] = found.astype(gradient.dtype)
 
 
-def differentiate_key(form: Form, *references: Any) -> None:
+def differentiate_key(form: blocks.Form, *references: Any) -> None:
     """The gradients of keys and values of a block and head."""
     lists, inputs = Lists(*references[:6]), references[6:12]
     of_key, of_value = references[12:]
@@ -237,7 +209,7 @@ def place() -> tuple[jax.Array, jax.Array, Any]:
     )
 
 
-def weigh(form: Form, lists: Lists, inputs: tuple, own: tuple, j: jax.Array) -> tuple:
+def weigh(form: blocks.Form, lists: Lists, inputs: tuple, own: tuple, j: jax.Array) -> tuple:
     """The softmax of a pair's logits and the gradient of the products that these are of, float32
     [b, b] each; keys; queries and the cotangent.
     """
@@ -255,7 +227,7 @@ def weigh(form: Form, lists: Lists, inputs: tuple, own: tuple, j: jax.Array) -> 
 
 
 def score(
-    form: Form, lists: Lists, i: jax.Array, j: jax.Array, query: jax.Array, key: jax.Array
+    form: blocks.Form, lists: Lists, i: jax.Array, j: jax.Array, query: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """A pair's logits, float32 [b, b], and whether each query sees each key."""
     scores = form.scale * triton.dot(query, key.T)

@@ -8,7 +8,6 @@ Dimensions: B rows, L tokens, H query heads, K key and value heads, k of them in
 Dh dimensions a head, b tokens of a block, n blocks of a row, N = B * n, R = G * b, T pairs.
 """
 
-import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -66,18 +65,12 @@ def attend(
 
     `interpret` computes as the kernels would where there is no TPU, for tests.
     """
-    run = partial(attend_rows, tpu_pair.Form(scale, window, cap, interpret))
+    run = partial(attend_rows, blocks.Form(scale, window, cap, interpret))
     return blocks.on_each_device(run, rows, query, key, value, query_ids, key_ids)
 
 
-@functools.cache
-def make_attend(rows: NamedSharding | None) -> Callable[..., jax.Array]:
-    """`attend` for rows that lie there; the same function each time, so that decoders compare."""
-    return partial(attend, rows=rows)
-
-
 def attend_rows(
-    form: tpu_pair.Form,
+    form: blocks.Form,
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
@@ -103,10 +96,7 @@ def list_pairs(
     query_ids: attention.Ids, key_ids: attention.Ids, size: int, window: int | None
 ) -> Lists:
     """The pairs of blocks of `size` tokens that must be computed, of ids [B, Lq] and [B, Lk]."""
-    queries, keys = (
-        attention.Ids(*(blocks.cut_rows(jnp.asarray(array), size) for array in ids))
-        for ids in (query_ids, key_ids)
-    )
+    queries, keys = (blocks.cut_ids(ids, size) for ids in (query_ids, key_ids))
     needed = blocks.find_needed(queries, keys, len(query_ids.example), window)
     by_query, by_key = order(needed), order(needed.transpose(0, 2, 1))
     return Lists(by_query, by_key, jnp.stack(queries, axis=1), jnp.stack(keys, axis=2))
@@ -124,18 +114,18 @@ def order(needed: jax.Array) -> Listed:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend_pairs(form: tpu_pair.Form, cut: blocks.Blocks, lists: Lists) -> jax.Array:
+def attend_pairs(form: blocks.Form, cut: blocks.Blocks, lists: Lists) -> jax.Array:
     """What the queries of each block see: [N, K, R, Dh]."""
     return forward(form, cut, lists)[0]
 
 
-def keep(form: tpu_pair.Form, cut: blocks.Blocks, lists: Lists) -> tuple[jax.Array, tuple]:
+def keep(form: blocks.Form, cut: blocks.Blocks, lists: Lists) -> tuple[jax.Array, tuple]:
     """`attend_pairs`, and what its backward pass needs."""
     mixed, log_total = forward(form, cut, lists)
     return mixed, (cut, lists, mixed, log_total)
 
 
-def forward(form: tpu_pair.Form, cut: blocks.Blocks, lists: Lists) -> tuple[jax.Array, jax.Array]:
+def forward(form: blocks.Form, cut: blocks.Blocks, lists: Lists) -> tuple[jax.Array, jax.Array]:
     """What the queries see [N, K, R, Dh], and the log of their softmax's sum [N, K, 1, R]."""
     query, key, value = cut
     count, heads, rows, head_dim = query.shape
@@ -152,7 +142,7 @@ def forward(form: tpu_pair.Form, cut: blocks.Blocks, lists: Lists) -> tuple[jax.
     )
 
 
-def backward(form: tpu_pair.Form, kept: tuple, cotangent: jax.Array) -> tuple[blocks.Blocks, Lists]:
+def backward(form: blocks.Form, kept: tuple, cotangent: jax.Array) -> tuple[blocks.Blocks, Lists]:
     """The gradients of the blocks; both kernels compute the weights again."""
     (query, key, value), lists, mixed, log_total = kept
     product = (cotangent.astype(jnp.float32) * mixed.astype(jnp.float32)).sum(axis=-1)
@@ -210,11 +200,9 @@ def run_pairs(
     # T = (blocks of the outer kind) * (inner blocks of a row)
     inner_count = len(listed.order) // len(outer[0])
     outer_count = len(listed.order) // len(inner[0])
-    # all of the sizes that logits and sums have
-    rows, columns = (max(array.shape[-2] for array in arrays[1:3]) for arrays in (outer, inner))
     key_heads, head_dim = outer[1].shape[1], outer[1].shape[3]
-    fitting = max(1, HELD // (max(rows, columns) * max(min(rows, columns), head_dim)))
-    heads = max(k for k in range(1, key_heads + 1) if key_heads % k == 0 and k <= fitting)
+    rows, columns = sides(outer, inner)
+    heads = heads_of_step(outer, inner)
 
     def of_outer(h, t, count, order) -> tuple:
         return jax.lax.div(order[t], inner_count), h
@@ -262,3 +250,17 @@ def run_pairs(
         compiler_params=tpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
     )
     return called(*listed, *outer, *inner)
+
+
+def sides(outer: tuple[jax.Array, ...], inner: tuple[jax.Array, ...]) -> tuple[int, int]:
+    """Rows and columns of a pair's logits, of arrays of outer and of inner blocks."""
+    rows, columns = (max(array.shape[-2] for array in arrays[1:3]) for arrays in (outer, inner))
+    return rows, columns
+
+
+def heads_of_step(outer: tuple[jax.Array, ...], inner: tuple[jax.Array, ...]) -> int:
+    """As many heads of keys, a divisor of all, as a step may hold logits and sums of."""
+    key_heads, head_dim = outer[1].shape[1], outer[1].shape[3]
+    shorter, longer = sorted(sides(outer, inner))
+    fitting = max(1, HELD // (longer * max(shorter, head_dim)))
+    return max(k for k in range(1, key_heads + 1) if key_heads % k == 0 and k <= fitting)

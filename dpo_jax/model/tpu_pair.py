@@ -15,16 +15,6 @@ from dpo_jax.model import attention, blocks
 LOWEST = blocks.LOWEST
 
 
-class Form(NamedTuple):
-    """What of attention is fixed when it is compiled."""
-
-    scale: float
-    window: int | None
-    cap: float | None
-    # whether to compute as the kernels would where there is no TPU
-    interpret: bool
-
-
 class Step(NamedTuple):
     """What a kernel reads and writes for a pair of blocks, references to vector memory."""
 
@@ -38,7 +28,7 @@ class Step(NamedTuple):
     sums: tuple[Any, ...]
 
 
-def attend_pair(form: Form, step: Step) -> None:
+def attend_pair(form: blocks.Form, step: Step) -> None:
     """What the queries see, from the keys so far."""
     query_ids, query = step.outer
     key_ids, key, value = step.inner
@@ -70,7 +60,7 @@ def attend_pair(form: Form, step: Step) -> None:
         log_total[...] = jnp.where(largest[...] > LOWEST, largest[...] + jnp.log(whole), 0.0)
 
 
-def differentiate_query(form: Form, step: Step) -> None:
+def differentiate_query(form: blocks.Form, step: Step) -> None:
     """The gradient of the queries, from the keys so far."""
     key = step.inner[1]
     gradient, so_far = step.results[0], step.sums[0]
@@ -87,7 +77,7 @@ def differentiate_query(form: Form, step: Step) -> None:
         gradient[...] = jnp.swapaxes(so_far[...], 1, 2).astype(gradient.dtype)
 
 
-def differentiate_key(form: Form, step: Step) -> None:
+def differentiate_key(form: blocks.Form, step: Step) -> None:
     """The gradients of keys and values, from the queries so far."""
     query, given = step.inner[1:3]
 
@@ -108,7 +98,7 @@ def differentiate_key(form: Form, step: Step) -> None:
 
 
 def weigh(
-    form: Form, of_queries: tuple[Any, ...], of_keys: tuple[Any, ...]
+    form: blocks.Form, of_queries: tuple[Any, ...], of_keys: tuple[Any, ...]
 ) -> tuple[jax.Array, jax.Array]:
     """The softmax of a pair's logits and the gradient of the products that these are of:
     float32 [k, b, R] each.
@@ -126,7 +116,7 @@ def weigh(
 
 
 def score(
-    form: Form, query: Any, key: Any, query_ids: Any, key_ids: Any
+    form: blocks.Form, query: Any, key: Any, query_ids: Any, key_ids: Any
 ) -> tuple[jax.Array, jax.Array]:
     """A pair's logits, float32 [k, b, R], and whether each key is seen by each query, [1, b, R].
 
