@@ -36,6 +36,18 @@ PEERS: Mapping[str, Peer] = {
 }
 
 
+def parse(texts: Sequence[str]) -> dict[str, str]:
+    """Python interpreters by the name of a trainer, of NAME=PYTHON each; ValueError for others."""
+    for text in texts:
+        name, equals, python = text.partition("=")
+        if not (name and equals and python):
+            raise ValueError(
+                f"--peer is {text!r}; it must be NAME=PYTHON, the trainer's name and the Python of "
+                f"its environment: {', '.join(PEERS)}"
+            )
+    return dict(text.split("=", 1) for text in texts)
+
+
 def commands(
     pythons: Mapping[str, str], experiment: config.Experiment, folder: str
 ) -> tuple[dict[str, list[str]], list[str]]:

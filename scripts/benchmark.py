@@ -73,13 +73,13 @@ def race(
     own: argparse.Namespace, experiment: config.Experiment, file: Path, rest: list[str]
 ) -> None:
     """Times contenders, or a sweep against its points, and prints the table."""
-    from dpo_jax import benchmark, benchmark_sweep, benchmark_table
+    from dpo_jax import benchmark, benchmark_peers, benchmark_sweep, benchmark_table
 
     if own.sweep:
         record = benchmark_sweep.run(experiment, file, rest)
         print(benchmark_sweep.describe(record))
     else:
-        peers = dict(one.split("=", 1) for one in own.peer)
+        peers = benchmark_peers.parse(own.peer)
         settings = benchmark.Settings(tuple(own.layouts), peers, own.rounds, own.steps)
         record = benchmark.run(experiment, file, rest, settings)
         print(benchmark_table.describe(record))

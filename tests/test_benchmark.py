@@ -333,3 +333,10 @@ def test_trl_runs_the_same_examples_from_the_same_weights(loss: str, folder: Pat
     assert other["loss"] == pytest.approx(own["loss"], rel=tolerance)
     assert other["peak"] > 1e7 and min(other["rates"]) > 0
     assert other["products"]["float32"] > 1e8
+
+
+def test_a_peer_without_its_python_is_refused():
+    assert benchmark_peers.parse(["trl=a/b=c"]) == {"trl": "a/b=c"}
+    for text in ("trl", "trl=", "=python"):
+        with pytest.raises(ValueError, match=f"--peer is '{text}'; it must be NAME=PYTHON"):
+            benchmark_peers.parse([text])
