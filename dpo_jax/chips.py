@@ -40,6 +40,8 @@ class Chip(NamedTuple):
     most: int = 1
     # products and sums of its matrix units a cycle, as many as its maker says; 0: not said
     products: int = 0
+    # bytes/s through the data-centre network to other slices, one way; 0: not said
+    network: float = 0
 
 
 class Slice(NamedTuple):
@@ -52,17 +54,20 @@ class Slice(NamedTuple):
 
 TPUS = (
     # https://cloud.google.com/tpu/docs/v4: 275 TFLOP/s, 32 GiB, 1200 GB/s; 2400 Gbit/s of links one
-    # way
-    Chip("v4", 275e12, 32, 1200e9, 600e9, "v4", 30.75, 2, 1, 3, 4096, 8 * 128**2),
-    # https://cloud.google.com/tpu/docs/v5e: 197 TFLOP/s, 16 GB, 819 GB/s, 400 GB/s of links
-    Chip("v5e", 197e12, 16, 819e9, 400e9, "v5litepod", 15.75, 1, 1, 2, 256, 4 * 128**2),
-    # https://cloud.google.com/tpu/docs/v5p: 459 TFLOP/s, 95 GiB, 2765 GB/s, 1200 GB/s of links
-    Chip("v5p", 459e12, 95, 2765e9, 1200e9, "v5p", 95.74, 2, 1, 3, 6144, 8 * 128**2),
-    # https://cloud.google.com/tpu/docs/v6e: 918 TFLOP/s, 32 GB, 1638 GB/s, 800 GB/s of links
-    Chip("v6e", 918e12, 32, 1638e9, 800e9, "v6e", 31.25, 1, 1, 2, 256),
-    # https://cloud.google.com/tpu/docs/tpu7x: 2307 TFLOP/s, 192 GiB, 7380 GB/s, 1200 GB/s of links;
-    # its two halves are two devices
-    Chip("7x", 2307e12, 192, 7380e9, 1200e9, "tpu7x", 94.75, 2, 2, 3, 9216),
+    # way; nothing is said of its network, for which v5p's is taken
+    Chip("v4", 275e12, 32, 1200e9, 600e9, "v4", 30.75, 2, 1, 3, 4096, 8 * 128**2, 6.25e9),
+    # https://cloud.google.com/tpu/docs/v5e: 197 TFLOP/s, 16 GB, 819 GB/s, 400 GB/s of links, a
+    # network of 6.4 Tbit/s for a pod of 256, which is 2 x 100 Gbit/s for a host of 8
+    Chip("v5e", 197e12, 16, 819e9, 400e9, "v5litepod", 15.75, 1, 1, 2, 256, 4 * 128**2, 3.125e9),
+    # https://cloud.google.com/tpu/docs/v5p: 459 TFLOP/s, 95 GiB, 2765 GB/s, 1200 GB/s of links, a
+    # network of 50 Gbit/s
+    Chip("v5p", 459e12, 95, 2765e9, 1200e9, "v5p", 95.74, 2, 1, 3, 6144, 8 * 128**2, 6.25e9),
+    # https://cloud.google.com/tpu/docs/v6e: 918 TFLOP/s, 32 GB, 1638 GB/s, 800 GB/s of links, a
+    # network of 25.6 Tbit/s for a pod of 256, which is 4 x 200 Gbit/s for a host of 8
+    Chip("v6e", 918e12, 32, 1638e9, 800e9, "v6e", 31.25, 1, 1, 2, 256, network=12.5e9),
+    # https://cloud.google.com/tpu/docs/tpu7x: 2307 TFLOP/s, 192 GiB, 7380 GB/s, 1200 GB/s of links,
+    # a network of 100 Gbit/s; its two halves are two devices
+    Chip("7x", 2307e12, 192, 7380e9, 1200e9, "tpu7x", 94.75, 2, 2, 3, 9216, network=12.5e9),
 )
 # by what JAX calls the device; dense products, NVLink's both directions
 GPUS = {
@@ -176,11 +181,16 @@ def accelerator(piece: Slice) -> str:
     return f"{piece.chip.accelerator}-{count(piece) * piece.chip.counted}"
 
 
-def describe(piece: Slice) -> str:
-    """Both names of a slice: v5p:4x4x4 (64 chips, accelerator type v5p-128)."""
+def describe(piece: Slice, slices: int = 1) -> str:
+    """Both names of a slice: v5p:4x4x4 (64 chips, accelerator type v5p-128); of several, 2 slices
+    of v5p:4x4x4 (64 chips, accelerator type v5p-128 each), 128 chips in all.
+    """
     number = count(piece)
     chips = "1 chip" if number == 1 else f"{number} chips"
-    return f"{topology(piece)} ({chips}, accelerator type {accelerator(piece)})"
+    names = f"{topology(piece)} ({chips}, accelerator type {accelerator(piece)}"
+    if slices == 1:
+        return f"{names})"
+    return f"{slices} slices of {names} each), {slices * number} chips in all"
 
 
 def is_ring(chip: Chip, length: int) -> bool:

@@ -154,6 +154,7 @@ def describe_run(step: abstract_step.Step, target: targets.Target) -> dict[str, 
         "target": target.name,
         "topology": None if piece is None else chips.topology(piece),
         "accelerator_type": None if piece is None else chips.accelerator(piece),
+        "slices": target.slices,
         "chips": target.chip_count,
         "devices": len(target.devices),
         "mesh": dict(step.mesh.shape),
@@ -218,7 +219,7 @@ def predict(
         "hours_per_epoch": hours,
         "cost_per_epoch": dear and {name: dear * h for name, h in hours.items()},
         "price_per_chip_hour": price,
-        "assumptions": list(roofline.ASSUMPTIONS),
+        "assumptions": roofline.assumptions(target),
     }
 
 

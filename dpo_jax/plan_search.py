@@ -4,6 +4,7 @@ estimate of each says which are compiled, and what the compiler says of those de
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -85,13 +86,12 @@ def candidates(
 ) -> list[Candidate]:
     """All settings that divide the batch, those that seem to fit first, the fastest first."""
     found = [
-        Candidate(one, *estimate(one, examples, target))
-        for one in variants(experiment, len(target.devices))
+        Candidate(one, *estimate(one, examples, target)) for one in variants(experiment, target)
     ]
     return sorted(found, key=lambda one: (one.memory > target.capacity, one.seconds))
 
 
-def variants(experiment: config.Experiment, devices: int) -> Iterator[config.Experiment]:
+def variants(experiment: config.Experiment, target: targets.Target) -> Iterator[config.Experiment]:
     """The run with each mesh, number of microbatches, rematerialisation and kind of reference that
     it may have.
     """
@@ -100,7 +100,8 @@ def variants(experiment: config.Experiment, devices: int) -> Iterator[config.Exp
     can_cache = settings.source is not None and settings.update_every is None
     references = {settings.cached, True} if can_cache else {settings.cached}
     apart = contract.accumulates_apart(experiment.loss.function)
-    choices = itertools.product(meshes(devices, shape), MICROBATCHES, THRIFT, sorted(references))
+    found = meshes(len(target.devices), shape, target.slices)
+    choices = itertools.product(found, MICROBATCHES, THRIFT, sorted(references))
     for mesh, parts, remat, cached in choices:
         if experiment.batch_size % ((mesh.data * (mesh.fsdp or 1)) * parts):
             continue
@@ -114,10 +115,14 @@ def variants(experiment: config.Experiment, devices: int) -> Iterator[config.Exp
         )
 
 
-def meshes(devices: int, shape: model_config.DecoderConfig) -> Iterator[config.Mesh]:
-    """Meshes of so many devices, axes powers of two; tensor divides the heads."""
+def meshes(
+    devices: int, shape: model_config.DecoderConfig, slices: int = 1
+) -> Iterator[config.Mesh]:
+    """Meshes of so many devices, axes powers of two; tensor divides the heads, and lies inside of a
+    slice.
+    """
     for tensor in powers(min(devices, shape.key_value_heads)):
-        if devices % tensor or shape.key_value_heads % tensor:
+        if devices % (tensor * slices) or shape.key_value_heads % tensor:
             continue
         for data in powers(devices // tensor):
             if devices % (tensor * data) == 0:
@@ -145,19 +150,36 @@ def estimate(
     backwards = 1 if has_adapter else 2
     compute = 2 * parameters * tokens * (forwards + backwards) / devices / target.flops
     own = parameters / mesh.tensor
+    trained = 0.02 if has_adapter else 1.0
     # parameters for every pass of every microbatch in two bytes, and gradients in four
     passes = experiment.microbatches * (2 * (forwards + 1) + (0 if has_adapter else 4))
     sent = own * passes if shards > 1 else 0.0
     if mesh.tensor > 1:
         sent += shape.layers * 8 * (forwards + 1) * tokens / shards * shape.width
     links = 2 * sent / target.links if target.links else 0.0
-    trained = 0.02 if has_adapter else 1.0
+    links += seconds_between(mesh, own, passes, trained, target)
     held = (0.0 if not has_adapter else 2.0) + (2.0 if is_live and not has_adapter else 0.0)
     memory = own / (mesh.fsdp or 1) * (16 * trained + held)
     each = tokens / shards / experiment.microbatches
     # of widths, those of heads and hidden units are shared out over tensor
     memory += 2 * shape.layers * each * shape.width * KEPT[experiment.model.remat] / mesh.tensor
     return compute + links, memory
+
+
+def seconds_between(
+    mesh: config.Mesh, own: float, passes: float, trained: float, target: targets.Target
+) -> float:
+    """Roughly the seconds of a step in which slices exchange the parameters of a tensor shard, so
+    many bytes of each for all passes, where fsdp lies across them, and gradients.
+    """
+    if target.slices == 1:
+        return 0.0
+    # data takes what it can, fsdp the rest
+    replicas = math.gcd(mesh.data, target.slices)
+    parts, fsdp = target.slices // replicas, mesh.fsdp or 1
+    gathered = own * passes * (parts - 1) / parts / (fsdp / parts)
+    reduced = 4 * own * trained * 2 * (replicas - 1) / replicas / fsdp
+    return (gathered + reduced) / target.network
 
 
 def is_greedier(experiment: config.Experiment, failed: config.Experiment) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 GIB = 2**30
+NETWORK = "data-centre network"
 
 
 def describe(record: Mapping[str, Any]) -> str:
@@ -72,6 +73,7 @@ def describe_sent(record: Mapping[str, Any]) -> list[str]:
     ]
     for one in record["collectives"]:
         axes = " x ".join(one["axes"]) or "all"
+        axes += ", between slices (DCN)" if one["is_between_slices"] else ""
         lines.append(
             f"| {one['kind']} | {axes} | {one['runs']:,.0f} | {one['bytes'] / 1e9:.3f} | "
             f"{one['seconds']:.4f} |"
@@ -93,6 +95,7 @@ def describe_time(record: Mapping[str, Any]) -> list[str]:
         f"| memory | {seconds['memory']:.4f} |",
         f"| each instruction's longer one | {seconds['chip']:.4f} |",
         f"| interconnect | {seconds['interconnect']:.4f} |",
+        *([f"| {NETWORK} | {seconds[NETWORK]:.4f} |"] if record["slices"] > 1 else []),
         "",
         "| communication | step, s | MFU | useful tokens/s | hours an epoch | cost |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",

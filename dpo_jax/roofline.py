@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax import chips, targets
-from dpo_jax.hlo import collectives, text, work
+from dpo_jax import chips, slices, targets
+from dpo_jax.hlo import collectives, megascale, text, work
 
 ASSUMPTIONS = (
     "matrix products run at the peak rate of bfloat16, and memory and links at their published "
@@ -30,8 +30,10 @@ class Seconds(NamedTuple):
     memory: float
     # instructions one after another, each the longer of both
     chip: float
-    # all that devices send each other
+    # all that devices of a slice send each other
     links: float
+    # all that slices send each other
+    network: float = 0.0
 
 
 class Sent(NamedTuple):
@@ -43,16 +45,33 @@ class Sent(NamedTuple):
     bytes: float
     runs: float
     seconds: float
+    # whether it goes to other slices, through the data-centre network
+    is_between_slices: bool = False
+
+
+def assumptions(target: targets.Target) -> list[str]:
+    """What the times rest on."""
+    if target.piece is None or target.slices == 1:
+        return list(ASSUMPTIONS)
+    chip = target.piece.chip
+    rate = chip.network * 8 / 1e9
+    source = "its maker does not say it, v5p's is taken" if chip.name == "v4" else "published"
+    return [
+        *ASSUMPTIONS,
+        f"to other slices a chip of {chip.name} sends {rate:g} Gbit/s through the data-centre "
+        f"network, its share of what its host has ({source}), while all others do; of a gather "
+        "over n slices it receives (n - 1) / n of the array, of an all-reduce twice that",
+    ]
 
 
 def hidden(seconds: Seconds) -> float:
     """The step where all communication goes on beside computation."""
-    return max(seconds.chip, seconds.links)
+    return max(seconds.chip, seconds.links, seconds.network)
 
 
 def exposed(seconds: Seconds) -> float:
     """The step where computation waits for all communication."""
-    return seconds.chip + seconds.links
+    return seconds.chip + seconds.links + seconds.network
 
 
 def seconds_of(done: Sequence[work.Work], sent: Sequence[Sent], target: targets.Target) -> Seconds:
@@ -62,23 +81,51 @@ def seconds_of(done: Sequence[work.Work], sent: Sequence[Sent], target: targets.
     chip = sum(
         max(one.flops / target.flops, one.bytes / target.bandwidth) * one.times for one in done
     )
-    links = sum(one.seconds for one in sent)
-    return Seconds(flops / target.flops, moved / target.bandwidth, chip, links)
+    links = sum(one.seconds for one in sent if not one.is_between_slices)
+    network = sum(one.seconds for one in sent if one.is_between_slices)
+    return Seconds(flops / target.flops, moved / target.bandwidth, chip, links, network)
 
 
 def sent_by(program: text.Program, mesh: Any, target: targets.Target) -> list[Sent]:
     """What the devices of a mesh send each other, by kind and axes, the slowest first."""
-    found: dict[tuple[str, tuple[str, ...]], list[float]] = {}
-    devices = list(mesh.devices.flat)
-    for one in collectives.collectives(program, mesh.shape):
+    devices, shape = slices.inside(mesh)
+    found = []
+    for one in collectives.collectives(program, shape):
         group = [devices[place] for place in one.groups[0]]
         rate = group_rate(group, target)
         took = one.times * seconds_of_one(one.kind, one.bytes, len(group), rate)
-        totals = found.setdefault((one.kind, one.axes), [0.0, 0.0, 0.0])
-        for place, more in enumerate((one.bytes * one.times, one.times, took)):
-            totals[place] += more
-    sums = [Sent(kind, axes, *totals) for (kind, axes), totals in found.items()]
-    return sorted(sums, key=lambda one: -one.seconds)
+        found.append(Sent(one.kind, one.axes, one.bytes * one.times, one.times, took))
+    for one in megascale.transfers(program):
+        axes = collectives.axes_of((one.slices,), slices.outside(mesh))
+        took = one.times * seconds_between(one.kind, one.bytes, len(one.slices), target.network)
+        found.append(Sent(one.kind, axes, one.bytes * one.times, one.times, took, True))
+    return sorted(add_up(found), key=lambda one: -one.seconds)
+
+
+def add_up(sent: Sequence[Sent]) -> list[Sent]:
+    """One of each kind, axes and network."""
+    totals: dict[tuple, Sent] = {}
+    for one in sent:
+        key = one.kind, one.axes, one.is_between_slices
+        so_far = totals.get(key, one._replace(bytes=0, runs=0, seconds=0))
+        totals[key] = one._replace(
+            bytes=so_far.bytes + one.bytes,
+            runs=so_far.runs + one.runs,
+            seconds=so_far.seconds + one.seconds,
+        )
+    return list(totals.values())
+
+
+def seconds_between(kind: str, size: float, members: int, rate: float) -> float:
+    """Of one transfer among so many slices, in each of which a device receives `rate` bytes per
+    second; `size` is that of the whole array on one device.
+    """
+    if members < 2 or not size:
+        return 0.0
+    if not rate:
+        return float("inf")
+    share = 1.0 if kind == "collective-permute" else (members - 1) / members
+    return (2 if kind == "all-reduce" else 1) * share * size / rate
 
 
 def seconds_of_one(kind: str, size: float, members: int, rate: float) -> float:
@@ -130,6 +177,7 @@ def by_name(seconds: Seconds) -> Mapping[str, float]:
         "memory": seconds.memory,
         "chip": seconds.chip,
         "interconnect": seconds.links,
+        "data-centre network": seconds.network,
         "all communication hidden": hidden(seconds),
         "none hidden": exposed(seconds),
     }

@@ -9,11 +9,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, Sharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
-from dpo_jax import config
+from dpo_jax import config, slices
 from dpo_jax.model import decoder, shards
 
 # logical axis of a parameter -> mesh axis
@@ -35,7 +34,7 @@ BATCH_AXES = ("data", "fsdp")
 
 def make_mesh(axes: config.Mesh, devices: Sequence[Any]) -> Mesh:
     """The mesh data x fsdp x tensor over the devices; ValueError where the product is not their
-    number.
+    number, or where it does not divide over their slices.
     """
     fsdp = axes.fsdp if axes.fsdp is not None else len(devices) // (axes.data * axes.tensor)
     shape = (axes.data, fsdp, axes.tensor)
@@ -45,13 +44,7 @@ def make_mesh(axes: config.Mesh, devices: Sequence[Any]) -> Mesh:
             f"{math.prod(shape)} devices, and there are {len(devices)}: change --mesh.data, "
             "--mesh.fsdp or --mesh.tensor"
         )
-    names, types = ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3
-    try:
-        return jax.make_mesh(shape, names, axis_types=types, devices=devices)
-    except NotImplementedError:
-        # axes that are no products of whole axes of a TPU's torus
-        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-        return Mesh(placed, names, axis_types=types)
+    return slices.arrange(shape, ("data", "fsdp", "tensor"), devices)
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -35,29 +35,35 @@ class Target(NamedTuple):
     capacity: float
     # bytes that the chip has, by its maker
     published: float
-    # None where they are no TPUs
+    # of TPUs: one slice, and how many of it there are
     piece: chips.Slice | None = None
+    slices: int = 1
+    # bytes/s of one device to other slices, one way
+    network: float = 0
 
 
-def find(topology: str) -> Target:
-    """The target of v5p:4x4x4, v5p-128, cpu, cpu:8 or gpu; ValueError says what is missing.
+def find(topology: str, slices: int = 1) -> Target:
+    """The target of v5p:4x4x4, v5p-128, cpu, cpu:8 or gpu; ValueError says what is missing. Of TPUs
+    there may be several slices.
 
     Call it before anything else uses JAX: it chooses the platform.
     """
     name, _, number = topology.partition(":")
+    if slices < 1 or (slices > 1 and name in ("cpu", "gpu")):
+        raise ValueError(f"--slices is {slices}: it must be > 0, and 1 but for TPUs")
     if name == "cpu":
         return local_cpus(number, topology)
     if name == "gpu":
         return local_gpus(topology)
-    return tpus(chips.parse(topology))
+    return tpus(chips.parse(topology), slices)
 
 
-def tpus(piece: chips.Slice) -> Target:
-    """A slice of TPUs; ValueError where libtpu is not installed."""
+def tpus(piece: chips.Slice, slices: int = 1) -> Target:
+    """One or more slices of TPUs; ValueError where libtpu is not installed."""
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
-            f"{chips.describe(piece)} is compiled for by libtpu, which needs no TPU and is not "
-            'installed: pip install "jax[tpu]", or take --topology cpu'
+            f"{chips.describe(piece, slices)} is compiled for by libtpu, which needs no TPU and "
+            'is not installed: pip install "jax[tpu]", or take --topology cpu'
         )
     from jax.experimental import topologies
 
@@ -67,7 +73,7 @@ def tpus(piece: chips.Slice) -> Target:
     # several processes that only compile do not get in each other's way
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     chip = piece.chip
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {} if slices == 1 else {"num_slices": slices}
     if chips.count(piece) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     if chip.name == "v4":
@@ -80,15 +86,17 @@ def tpus(piece: chips.Slice) -> Target:
             platform="tpu", topology_name=f"{prefix}:{shape}", **options
         )
     return Target(
-        chips.describe(piece),
+        chips.describe(piece, slices),
         found.devices,
-        chips.count(piece),
+        slices * chips.count(piece),
         chip.flops / chip.devices,
         chip.bandwidth / chip.devices,
         chip.links / chip.devices,
         chip.usable * 2**30,
         chip.hbm * 2**30,
         piece,
+        slices,
+        chip.network / chip.devices,
     )
 
 

@@ -1,12 +1,13 @@
 """Compiles a run's train step for devices that need not be there, and says what it would take.
 
-python -m scripts.plan EXPERIMENT --topology v5p:4x4x4 [--search] [--price-per-chip-hour 4.2]
-    [--prompt-tokens 200 --completion-tokens 300 --examples 160000] [--layout packed|padded]
-    [--tries 8] [--json FILE] [flags of the run]
+python -m scripts.plan EXPERIMENT --topology v5p:4x4x4 [--slices 2] [--search]
+    [--price-per-chip-hour 4.2] [--prompt-tokens 200 --completion-tokens 300 --examples 160000]
+    [--layout packed|padded] [--tries 8] [--json FILE] [flags of the run]
 
 A topology is a slice of TPUs in chips (v5p:4x4x4) or Google's accelerator type (v5p-128), cpu,
-cpu:8, or gpu. The lengths are medians, of rows that cannot be read here. The padded layout is for
-comparison: a row for each completion, padded to the longest, with all logits.
+cpu:8, or gpu; with --slices several slices of TPUs that a data-centre network connects. The lengths
+are medians, of rows that cannot be read here. The padded layout is for comparison: a row for each
+completion, padded to the longest, with all logits.
 """
 
 import argparse
@@ -23,6 +24,7 @@ def main() -> int:
     """The process's exit code: 1 where the step does not fit, 2 for a wrong command line."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--topology")
+    parser.add_argument("--slices", type=int, default=1)
     parser.add_argument("--layout", choices=("packed", "padded"), default="packed")
     parser.add_argument("--search", action="store_true")
     parser.add_argument("--tries", type=int, default=8)
@@ -40,7 +42,7 @@ def main() -> int:
             raise ValueError("give --topology: v5p:4x4x4 (in chips), v5p-128, cpu, cpu:8 or gpu")
         from dpo_jax import targets
 
-        target = targets.find(own.topology)
+        target = targets.find(own.topology, own.slices)
         from dpo_jax import abstract_step, plan, plan_text
 
         examples = abstract_step.read_examples(experiment, lengths_of(own))

@@ -41,6 +41,12 @@ def test_a_topology_counts_chips_and_an_accelerator_type_may_count_cores(
     assert topology in chips.describe(piece)
 
 
+def test_several_slices_are_named_with_all_their_chips():
+    assert chips.describe(chips.parse("v5p-128"), 2) == (
+        "2 slices of v5p:4x4x4 (64 chips, accelerator type v5p-128 each), 128 chips in all"
+    )
+
+
 def test_of_several_slices_with_one_accelerator_type_the_most_compact_is_meant():
     long = chips.parse("v5p:4x4x32")
     assert chips.accelerator(long) == "v5p-1024"

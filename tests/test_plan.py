@@ -164,6 +164,12 @@ def test_a_target_that_is_not_there_is_an_error(topology, message):
         targets.find(topology)
 
 
+@pytest.mark.parametrize(("topology", "slices"), [("cpu", 2), ("gpu", 2), ("v5p-128", 0)])
+def test_only_tpus_have_several_slices(topology, slices):
+    with pytest.raises(ValueError, match=f"--slices is {slices}"):
+        targets.find(topology, slices)
+
+
 def run_script(*arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     environment.pop("PYTHONPATH", None)
@@ -208,6 +214,24 @@ def test_meshes_have_all_devices_and_divide_the_heads():
     assert all(mesh.data * (mesh.fsdp or 1) * mesh.tensor == 8 for mesh in found)
     narrow = dataclasses.replace(presets.PRESETS["llama-3.1-8b"], key_value_heads=2)
     assert {mesh.tensor for mesh in plan_search.meshes(8, narrow)} == {1, 2}
+
+
+def test_meshes_of_several_slices_have_tensor_inside_of_each():
+    found = list(plan_search.meshes(8, presets.PRESETS["llama-3.1-8b"], 4))
+    assert {mesh.tensor for mesh in found} == {1, 2}
+
+
+def test_a_search_of_several_slices_would_rather_exchange_gradients_than_parameters(cpus):
+    target = cpus._replace(slices=2, network=1e9)
+
+    def seconds(mesh: config.Mesh) -> float:
+        return plan_search.seconds_between(mesh, 8e9, 10.0, 1.0, target)
+
+    # of 8e9 parameters on 16 devices of two slices, 10 bytes each: a device receives half of its
+    # slice's part of what is gathered, 5e9 bytes; gradients in four bytes, twice half
+    assert seconds(config.Mesh(data=1, fsdp=16)) == pytest.approx(8e10 / 2 / 8 / 1e9)
+    assert seconds(config.Mesh(data=2, fsdp=8)) == pytest.approx(4 * 8e9 / 8 / 1e9)
+    assert plan_search.seconds_between(config.Mesh(), 8e9, 10.0, 1.0, cpus) == 0
 
 
 def test_a_search_tries_what_seems_to_fit_and_the_fastest_of_it(cpus, tmp_path):
@@ -295,6 +319,39 @@ def test_a_small_step_compiles_for_every_tpu(libtpu, tmp_path, topology, acceler
     assert f"{topology} ({found['chips']} chips, accelerator type {accelerator})" in (
         plan_text.describe(found)
     )
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("data", [1, 2])
+def test_what_slices_send_each_other_is_counted_apart(libtpu, tmp_path, data):
+    source = write_shape(tmp_path, 256)
+    changes = {"model.source": source, "mesh.fsdp": None, "mesh.data": data}
+    experiment = make_experiment(tmp_path, **changes)
+    examples = abstract_step.read_examples(experiment, LENGTHS)
+    found = plan.plan(experiment, examples, targets.find("v5e:2x2", 2))
+    far = [one for one in found["collectives"] if one["is_between_slices"]]
+    parameters, fsdp = found["parameters"], 8 // data
+    sent = {one["kind"]: one["bytes"] for one in far}
+    if data == 1:
+        # each device gathers its slice's part of the matrices, in bfloat16, for three passes
+        assert {one["axes"] for one in far} == {("fsdp",)}
+        assert sent["all-gather"] == pytest.approx(3 * 2 * parameters / 4, rel=0.2)
+    else:
+        # gradients of its shard of the parameters, of which most are in bfloat16
+        assert {(one["kind"], one["axes"]) for one in far} == {("all-reduce", ("data",))}
+        assert 2 * parameters / fsdp <= sent["all-reduce"] <= 4.5 * parameters / fsdp
+    near = [one for one in found["collectives"] if not one["is_between_slices"]]
+    assert {one["axes"] for one in near} == {("fsdp",)}
+    seconds = found["seconds"]
+    assert seconds["data-centre network"] == pytest.approx(sum(one["seconds"] for one in far))
+    names = ("chip", "interconnect", "data-centre network")
+    assert seconds["none hidden"] == pytest.approx(sum(seconds[name] for name in names))
+    described = plan_text.describe(found)
+    assert "2 slices of v5e:2x2 (4 chips, accelerator type v5litepod-4 each), 8 chips in all" in (
+        described
+    )
+    assert (found["slices"], found["chips"], found["devices"]) == (2, 8, 8)
+    assert "between slices (DCN)" in described and "| data-centre network | " in described
 
 
 @pytest.mark.tpu

@@ -31,6 +31,12 @@ def test_an_instruction_takes_the_longer_of_compute_and_memory():
     assert roofline.hidden(found) == 17.0
     assert roofline.exposed(found) == 19.5
     assert roofline.hidden(found._replace(links=18.0)) == 18.0
+    # the network between slices is one of its own
+    sent.append(roofline.Sent("all-reduce", ("data",), 1.0, 1, 20.0, True))
+    found = roofline.seconds_of(done, sent, make_target())
+    assert found == roofline.Seconds(13.0, 9.0, 17.0, 2.5, 20.0)
+    assert roofline.hidden(found) == 20.0
+    assert roofline.exposed(found) == 39.5
 
 
 @pytest.mark.parametrize(
@@ -83,3 +89,43 @@ def test_a_group_has_the_links_of_the_axes_that_it_spans(slice_name, group, rate
 
 def test_a_gpu_receives_at_half_of_both_directions():
     assert roofline.group_rate(at((0,), (1,)), make_target(links=900e9)) == 450e9
+
+
+@pytest.mark.parametrize(
+    ("kind", "slices", "seconds"),
+    [
+        # three quarters of 800 bytes arrive, at 100 bytes per second
+        ("all-gather", 4, 6.0),
+        ("reduce-scatter", 4, 6.0),
+        ("all-to-all", 4, 6.0),
+        ("all-reduce", 4, 12.0),
+        ("collective-permute", 2, 8.0),
+        ("all-gather", 1, 0.0),
+    ],
+)
+def test_between_slices_each_device_has_its_share_of_the_network(kind, slices, seconds):
+    assert roofline.seconds_between(kind, 800.0, slices, 100.0) == pytest.approx(seconds)
+
+
+def test_what_is_sent_is_added_up_by_kind_axes_and_network():
+    one = roofline.Sent("all-reduce", ("data",), 8.0, 2, 1.0)
+    far = one._replace(is_between_slices=True)
+    found = roofline.add_up([one, far, one])
+    assert found == [one._replace(bytes=16.0, runs=4, seconds=2.0), far]
+
+
+@pytest.mark.parametrize(
+    ("name", "assumed"),
+    [
+        # 2 x 100 Gbit/s for 8 chips, 200 for 4, 4 x 200 for 8, 400 for 4
+        ("v5e:4x4", "25 Gbit/s through the data-centre network, its share of what its host has (p"),
+        ("v5p:4x4x4", "50 Gbit/s through"),
+        ("v6e:4x4", "100 Gbit/s through"),
+        ("7x:2x2x1", "100 Gbit/s through"),
+        ("v4:2x2x1", "its maker does not say it, v5p's is taken"),
+    ],
+)
+def test_the_network_between_slices_is_among_the_assumptions(name, assumed):
+    piece = chips.parse(name)
+    assert not any("slices" in line for line in roofline.assumptions(make_target(piece=piece)))
+    assert assumed in roofline.assumptions(make_target(piece=piece, slices=2))[-1]

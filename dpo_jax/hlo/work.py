@@ -11,8 +11,8 @@ from dpo_jax.hlo import collectives, costs, loops, text
 CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 # what reads the places of its first operand that its result has, and no others
 SLICES = ("dynamic-slice", "slice", "gather")
-# what other instructions' reads and writes are counted with
-FREE = costs.ALIASES | {"copy-done", "slice-done", "send-done", "recv-done"}
+# what other instructions' reads and writes are counted with, and what goes through hosts
+FREE = costs.ALIASES | {"copy-done", "slice-done", "send", "send-done", "recv", "recv-done"}
 
 
 class Work(NamedTuple):
