@@ -281,10 +281,13 @@ async def ask_state(resource: Resource, work: Work) -> tuple[str | None, str]:
 
 
 async def raise_if_lost(resource: Resource, work: Work) -> None:
-    """Raises Lost where the resource does not come back by itself."""
+    """Raises Lost where the resource, or one of its slices, does not come back by itself."""
     found, reason = await ask_state(resource, work)
     if found in queued_resources.LOST:
         raise Lost(f"{found or 'missing'} {reason}".strip())
+    node = await queued_resources.lost_node(resource, ATTEMPTS, work.bounds.poll)
+    if node is not None:
+        raise Lost(node)
 
 
 def is_connection(code: int, printed: str) -> bool:

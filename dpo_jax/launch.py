@@ -87,6 +87,7 @@ def launch(own: argparse.Namespace, load: shipment.Shipment, points: Sequence[sw
         project=own.project,
         spot=own.spot,
         wait_hours=own.wait_hours,
+        slices=own.slices,
     )
     logs = Path(own.logs or flags.ROOT / "runs" / "launch" / resource.name)
     person = None if own.dry_run else buckets.who()
@@ -165,12 +166,12 @@ def plan(
     if left == 0:
         return f"{lines[0]}: all have finished"
     lines += [
-        f"resources: {count} x {chips.describe(piece)}, {kind}, in {resource.zone}, "
+        f"resources: {count} x {chips.describe(piece, own.slices)}, {kind}, in {resource.zone}, "
         f"runtime {resource.runtime}",
         f"bounds: {own.wait_hours:g} hours of waiting for each; a preempted point is tried again "
         f"{own.retries} times",
     ]
-    number, price = chips.count(piece), own.price_per_chip_hour
+    number, price = own.slices * chips.count(piece), own.price_per_chip_hour
     if own.hours_per_point is None:
         return "\n".join(
             [*lines, f"cost: not known without --hours-per-point; {number} chips each"]

@@ -21,7 +21,16 @@ READERS = {
     "image_folder": ("kubernetes",),
     "accelerators": ("skypilot",),
 } | dict.fromkeys(
-    ("zone", "project", "runtime_version", "ssh_retries", "wait_hours", "poll_seconds", "logs")
+    (
+        "slices",
+        "zone",
+        "project",
+        "runtime_version",
+        "ssh_retries",
+        "wait_hours",
+        "poll_seconds",
+        "logs",
+    )
     + ("by_shard", "hours_per_point", "price_per_chip_hour", "ref", "setup", "take_over"),
     ("tpu",),
 )
@@ -45,6 +54,7 @@ def make_parser(program: str) -> argparse.ArgumentParser:
         where.add_argument(f"--{name}", metavar="FILE", help=f"write {what}, and run nothing")
     add("--dry-run", action="store_true", help="print the commands and run none")
     add("--resources", type=positive, default=1, metavar="N", help="how many run side by side")
+    add("--slices", type=positive, default=1, metavar="N", help="of --tpu, which make one run")
     add("--by-shard", action="store_true", help="a resource runs its points in one process")
     add("--spot", action="store_true", help="machines that cost less and may be preempted")
     add("--zone", help="of the TPUs, such as us-east5-a")

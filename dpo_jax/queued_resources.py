@@ -1,7 +1,7 @@
 """Google's queued resources, through gcloud: the exact commands, and what their answers mean.
 
-A queued resource is a request for TPU VMs; its one node has the resource's own name. Imports no
-jax.
+A queued resource is a request for TPU VMs. Its nodes are slices: a single one has the resource's
+own name, several have that with their number. Imports no jax.
 """
 
 import asyncio
@@ -26,6 +26,8 @@ RUNTIMES = {
 }
 # states out of which a resource does not come back by itself; None: it is not there
 LOST = (None, "SUSPENDING", "SUSPENDED", "FAILED", "DELETING")
+# states of a node in which it works, or is about to
+WORKING = ("CREATING", "READY", "RESTARTING", "STARTING", "REPAIRING", "REIMAGING")
 # what ssh itself exits with, and gcloud with it, where there is no connection
 UNREACHABLE = 255
 # seconds after which a command of gcloud's that only asks or asks for something is given up
@@ -40,7 +42,7 @@ class Refused(Exception):
 
 
 class Resource(NamedTuple):
-    """A request for one TPU slice."""
+    """A request for one or more TPU slices, which make one run together."""
 
     name: str
     # Google's accelerator type
@@ -53,6 +55,7 @@ class Resource(NamedTuple):
     spot: bool
     # how long it may wait for capacity
     wait_hours: float
+    slices: int = 1
 
 
 class Done(NamedTuple):
@@ -81,8 +84,10 @@ def place(resource: Resource) -> list[str]:
 
 def create(resource: Resource) -> list[str]:
     """The command that asks for it. A request that nobody waits for any more runs out by itself."""
+    nodes = [f"--node-count={resource.slices}", f"--node-prefix={resource.name}"]
     return [
-        *(*QUEUED, "create", resource.name, f"--node-id={resource.name}"),
+        *(*QUEUED, "create", resource.name),
+        *(nodes if resource.slices > 1 else [f"--node-id={resource.name}"]),
         f"--accelerator-type={resource.accelerator}",
         f"--runtime-version={resource.runtime}",
         f"--valid-until-duration={round(3600 * (resource.wait_hours + 1))}s",
@@ -101,9 +106,16 @@ def delete(resource: Resource) -> list[str]:
     return [*QUEUED, "delete", resource.name, "--force", *place(resource)]
 
 
+def describe_nodes(resource: Resource) -> list[list[str]]:
+    """The commands that tell the states of several nodes; of a single one, its resource tells."""
+    names = [f"{resource.name}-{i}" for i in range(resource.slices)]
+    commands = [[*NODE, "describe", name, "--format=json", *place(resource)] for name in names]
+    return commands if resource.slices > 1 else []
+
+
 def copy(resource: Resource, file: str, name: str) -> list[str]:
     """The command that copies a local file into the home folder of all workers."""
-    return [*NODE, "scp", file, f"{resource.name}:{name}", "--worker=all", *place(resource)]
+    return [*reach(resource, "scp", file, f"{resource.name}:{name}"), *place(resource)]
 
 
 def ssh(resource: Resource, command: str) -> list[str]:
@@ -111,7 +123,14 @@ def ssh(resource: Resource, command: str) -> list[str]:
 
     Its exit code is that of the first worker that has failed, or UNREACHABLE.
     """
-    return [*NODE, "ssh", resource.name, "--worker=all", f"--command={command}", *place(resource)]
+    return [*reach(resource, "ssh", resource.name), f"--command={command}", *place(resource)]
+
+
+def reach(resource: Resource, *words: str) -> list[str]:
+    """The start of a command for all workers."""
+    if resource.slices > 1:
+        return [*QUEUED, *words, "--worker=all", "--node=all"]
+    return [*NODE, *words, "--worker=all"]
 
 
 async def run(
@@ -174,6 +193,21 @@ async def state(resource: Resource, attempts: int, pause: float) -> tuple[str | 
     initiator = record.get("stateInitiator")
     by = [] if initiator is None else [f"by {initiator}"]
     return record["state"], "; ".join([*messages, *by])
+
+
+async def lost_node(resource: Resource, attempts: int, pause: float) -> str | None:
+    """The node of several that does not come back by itself, and its state; None: there is none.
+
+    A preemption of one slice ends what runs on all. Raises Refused where gcloud does not tell.
+    """
+    for command in describe_nodes(resource):
+        done = await ask(command, attempts, pause)
+        if done.code != 0 and not is_missing(done.errors):
+            raise Refused(explain(done.errors))
+        found = json.loads(done.output)["state"] if done.code == 0 else "missing"
+        if found not in WORKING:
+            return f"{command[len(NODE) + 1]} is {found}"
+    return None
 
 
 def is_missing(errors: str) -> bool:

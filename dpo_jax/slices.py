@@ -9,8 +9,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
-from jax import make_mesh
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
@@ -28,7 +28,7 @@ def arrange(shape: Sequence[int], names: Sequence[str], devices: Sequence[Any]) 
     counts = across(shape, names, sizes(devices))
     if math.prod(counts) == 1 and devices[0].platform != "cpu":
         try:
-            return make_mesh(shape, names, axis_types=types, devices=devices)
+            return jax.make_mesh(shape, names, axis_types=types, devices=devices)
         except NotImplementedError:
             return Mesh(place(shape, counts, devices, is_split=True), names, axis_types=types)
     try:

@@ -1,7 +1,8 @@
 """A gcloud that plays Google: states of queued resources, ssh that runs here, a bucket's folder.
 
 Everything lies in the folder $FAKE_GCLOUD. scenario.json says what goes wrong; state.json is what
-is there; calls.jsonl has every call. A resource's VM is a folder, which goes with it.
+is there; calls.jsonl has every call. A node's VM is a folder, which goes with it; of a node of
+several, that is number 0, 1, ... of its resource.
 """
 
 import fcntl
@@ -30,7 +31,7 @@ class State:
         fcntl.flock(self.lock, fcntl.LOCK_EX)
         file = ROOT / "state.json"
         self.state = json.loads(file.read_text()) if file.exists() else {}
-        self.state = {"resources": {}, "created": {}, "counts": {}} | self.state
+        self.state = {"resources": {}, "created": {}, "counts": {}, "nodes": {}} | self.state
         return self.state
 
     def __exit__(self, *_) -> None:
@@ -58,7 +59,9 @@ def still_planned(name: str) -> bool:
 def create(name: str, arguments: list[str]) -> None:
     if "create_error" in SCENARIO:
         stop(f"ERROR: (gcloud.compute.tpus.queued-resources.create) {SCENARIO['create_error']}")
-    assert flag(arguments, "node-id") == name
+    count = int(flag(arguments, "node-count") or 1)
+    assert flag(arguments, "node-id" if count == 1 else "node-prefix") == name
+    nodes = [name] if count == 1 else [f"{name}-{i}" for i in range(count)]
     with State() as state:
         if name in state["resources"]:
             stop(
@@ -69,7 +72,21 @@ def create(name: str, arguments: list[str]) -> None:
         state["created"][name] = number + 1
         plans = SCENARIO.get("states", [])
         state["resources"][name] = list(plans[number] if number < len(plans) else USUAL)
-    (ROOT / "vm" / name).mkdir(parents=True)
+        state["nodes"][name] = nodes
+    for node in nodes:
+        (ROOT / "vm" / node).mkdir(parents=True)
+
+
+def nodes_of(name: str) -> list[str]:
+    with State() as state:
+        return state["nodes"][name]
+
+
+def describe_node(name: str, arguments: list[str]) -> None:
+    if not (ROOT / "vm" / name).exists():
+        stop("ERROR: (gcloud.compute.tpus.tpu-vm.describe) NOT_FOUND: not found")
+    is_gone = (ROOT / "vm" / name / "preempted").exists()
+    print(json.dumps({"name": name, "state": "PREEMPTED" if is_gone else "READY"}))
 
 
 def describe(name: str, arguments: list[str]) -> None:
@@ -92,17 +109,22 @@ def delete(name: str, arguments: list[str]) -> None:
     with State() as state:
         if state["resources"].pop(name, None) is None:
             stop("ERROR: (gcloud.compute.tpus.queued-resources.delete) NOT_FOUND: not found")
-    lose_vm(name)
+    for node in nodes_of(name):
+        lose_vm(node)
 
 
 def lose_vm(name: str) -> None:
     """Ends what runs on a VM and takes its disk away."""
+    end_jobs(name)
+    shutil.rmtree(ROOT / "vm" / name, ignore_errors=True)
+
+
+def end_jobs(name: str) -> None:
     for file in (ROOT / "vm" / name).glob("dpo_jax_jobs/*/pid"):
         try:
             os.killpg(int(file.read_text()), signal.SIGKILL)
         except ProcessLookupError:
             pass
-    shutil.rmtree(ROOT / "vm" / name, ignore_errors=True)
 
 
 def is_active(name: str) -> bool:
@@ -110,12 +132,18 @@ def is_active(name: str) -> bool:
         return state["resources"].get(name) == ["ACTIVE"]
 
 
+def are_all(nodes: list[str], arguments: list[str]) -> bool:
+    """Whether a command goes to all workers of all nodes."""
+    return "--worker=all" in arguments and ("--node=all" in arguments) == (len(nodes) > 1)
+
+
 def scp(arguments: list[str]) -> None:
     source, target = [a for a in arguments if not a.startswith("--")]
     name, file = target.split(":")
-    if not is_active(name) or "--worker=all" not in arguments:
+    if not is_active(name) or not are_all(nodes_of(name), arguments):
         stop("ERROR: (gcloud.compute.tpus.tpu-vm.scp) the TPU is not READY")
-    shutil.copy(source, ROOT / "vm" / name / file)
+    for node in nodes_of(name):
+        shutil.copy(source, ROOT / "vm" / node / file)
 
 
 def ssh(name: str, arguments: list[str]) -> None:
@@ -125,30 +153,45 @@ def ssh(name: str, arguments: list[str]) -> None:
             "ERROR: (gcloud.compute.tpus.tpu-vm.ssh) [/usr/bin/ssh] exited with return code [255].",
             255,
         )
-    if not is_active(name) or "--worker=all" not in arguments:
+    if not is_active(name) or not are_all(nodes_of(name), arguments):
         stop("ERROR: (gcloud.compute.tpus.tpu-vm.ssh) the TPU is not READY")
-    environment = os.environ | {"HOME": str(ROOT / "vm" / name), "HOSTNAME": "t1v-n-0-w-0"}
-    process = subprocess.Popen(["bash", "-c", command], cwd=ROOT / "vm" / name, env=environment)
+    processes = [start(node, number, command) for number, node in enumerate(nodes_of(name))]
     for job, what in SCENARIO.get("during", {}).items():
         if f"attach.sh {job} " in command and not (ROOT / "reconnected").exists():
             wait_for(ROOT / "begun" / job)
-            happen(what, name, process)
-    sys.exit(process.wait())
+            happen(what, name, processes)
+    sys.exit(next(filter(None, [process.wait() for process in processes]), 0))
 
 
-def happen(what: str, name: str, process: subprocess.Popen) -> None:
+def start(node: str, number: int, command: str) -> subprocess.Popen:
+    """Runs a command on a node."""
+    home = ROOT / "vm" / node
+    environment = os.environ | {"HOME": str(home), "HOSTNAME": "t1v-n-0-w-0", "NODE": str(number)}
+    return subprocess.Popen(["bash", "-c", command], cwd=home, env=environment)
+
+
+def happen(what: str, name: str, processes: list[subprocess.Popen]) -> None:
     """What goes wrong while a job runs."""
     if what == "disconnected":
-        process.kill()
+        for process in processes:
+            process.kill()
         (ROOT / "reconnected").touch()
         stop("##### Command execution on worker 0 failed with exit status 255. Continuing.", 255)
+    if what == "last node":
+        # the others' processes end with it, and the resource is as before
+        nodes = nodes_of(name)
+        for node in nodes:
+            end_jobs(node)
+        (ROOT / "vm" / nodes[-1] / "preempted").touch()
+        stop("ERROR: a process has died", 1)
     with State() as state:
         if what == "missing":
             del state["resources"][name]
         else:
             state["resources"][name] = what.split()
-    lose_vm(name)
-    process.kill()
+    for node, process in zip(nodes_of(name), processes, strict=True):
+        lose_vm(node)
+        process.kill()
     stop("", 1)
 
 
@@ -183,6 +226,9 @@ def storage(verb: str, arguments: list[str]) -> None:
 
 def sweep(arguments: list[str]) -> None:
     """What `python -m scripts.sweep` does, as far as a launcher sees it: three steps, resumed."""
+    if os.environ["NODE"] != "0":
+        # the first process of a run is the one that writes
+        return
     after = dict(zip(arguments, arguments[1:], strict=False))
     stem = Path(arguments[2]).stem
     assert Path(arguments[2]).exists(), "the code is not here"
@@ -233,8 +279,10 @@ def main() -> None:
     assert arguments[:2] == ["compute", "tpus"], shlex.join(arguments)
     kind, verb, rest = arguments[2], arguments[3], arguments[4:]
     assert flag(rest, "zone") == "us-east5-a"
-    if (kind, verb) == ("tpu-vm", "scp"):
+    if verb == "scp":
         return scp(rest)
+    if (kind, verb) == ("tpu-vm", "describe"):
+        return describe_node(rest[0], rest[1:])
     verbs = {"create": create, "describe": describe, "delete": delete, "ssh": ssh}
     verbs[verb](rest[0], rest[1:])
 

@@ -160,6 +160,34 @@ def test_preempted_points_go_on_in_their_folders_on_a_new_resource(cloud):
     assert not (cloud.folder / "logs" / "point-2-try-2.log").exists()
 
 
+def test_a_point_runs_on_several_slices_together_and_goes_on_after_one_is_preempted(cloud):
+    cloud.plan(during={"point-0-try-1": "last node"})
+    code, printed = cloud.launch("--slices", "2", "--index", "0")
+    assert code == 0, printed
+    assert cloud.steps()[0] == "012." and cloud.left() == []
+    created = cloud.calls("create")
+    assert len(created) == 2
+    name = created[0][4]
+    assert all({"--node-count=2", f"--node-prefix={name}"} <= {*call} for call in created)
+    assert not any("--node-id" in word for call in created for word in call)
+    assert f"lost (1 of at most 4): {name}-1 is PREEMPTED" in printed
+    reached = cloud.calls("queued-resources", "ssh") + cloud.calls("queued-resources", "scp")
+    assert all({"--worker=all", "--node=all"} <= {*call} for call in reached)
+    # the code and the first try, and both again
+    assert len(reached) == 6 and cloud.calls("tpu-vm", "ssh") == []
+    assert (cloud.folder / "logs" / "point-0-try-2.log").exists()
+
+
+@pytest.mark.slow
+def test_a_users_error_on_several_slices_is_not_tried_again(cloud):
+    cloud.plan(errors={"0": "row 7 has no chosen"})
+    code, printed = cloud.launch("--slices", "2", "--index", "0")
+    assert code == 1 and "row 7 has no chosen" in printed
+    assert len(cloud.calls("create")) == 1 and cloud.left() == []
+    # asked twice, since a preemption may be told of a moment later
+    assert len(cloud.calls("tpu-vm", "describe")) == 4
+
+
 @pytest.mark.slow
 def test_a_point_that_is_preempted_too_often_is_given_up_and_others_run(cloud):
     cloud.plan(during={"point-0-try-1": "SUSPENDED", "point-0-try-2": "FAILED"})
@@ -352,6 +380,18 @@ def test_a_dry_run_and_its_plan_import_no_jax(project):
     assert "3 points x 1.5 hours x 4 chips = 18 chip-hours = 75.60 USD, in 3 hours" in plan
 
 
+def test_the_cost_of_several_slices_is_that_of_all_their_chips(capsys):
+    experiment = str(ROOT / "experiments" / "dpo.py")
+    arguments = [*WHERE, "--slices", "2", "--dry-run", "--hours-per-point", "2", "--index", "0"]
+    assert launch.main([experiment, *arguments, "--price-per-chip-hour", "4.2"], "launch") == 0
+    printed = capsys.readouterr().out
+    assert (
+        "resources: 1 x 2 slices of v5p:2x2x1 (4 chips, accelerator type v5p-8 each), 8 chips in "
+        "all, on demand"
+    ) in printed
+    assert "1 points x 2 hours x 8 chips = 16 chip-hours = 67.20 USD" in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -361,6 +401,8 @@ def test_a_dry_run_and_its_plan_import_no_jax(project):
         ([*WHERE, "--tpu", "v5p-7"], "no slice has 7"),
         ([*WHERE, "--tpu", "tpu7x-8"], "only through Google Kubernetes Engine"),
         ([*WHERE, "--resources", "0"], "'0' was given; it must be a whole number > 0"),
+        ([*WHERE, "--slices", "0"], "'0' was given; it must be a whole number > 0"),
+        (["--workdir", WORKDIR, "--slurm", "f", "--slices", "2"], "--slices is read by --tpu only"),
         ([*WHERE, "--retries", "-1"], "'-1' was given; it must be a whole number >= 0"),
         ([*WHERE, "--wait-hours", "nan"], "'nan' was given; it must be a number > 0"),
         ([*WHERE, "--env", "A"], "'A' was given; it must be NAME=VALUE"),
