@@ -69,7 +69,8 @@ TPUS = (
     # a network of 100 Gbit/s; its two halves are two devices
     Chip("7x", 2307e12, 192, 7380e9, 1200e9, "tpu7x", 94.75, 2, 2, 3, 9216, network=12.5e9),
 )
-# by what JAX calls the device; dense products, NVLink's both directions
+# by a word of what JAX calls the device; dense products, both directions of NVLink, or of PCIe
+# where there is none
 GPUS = {
     # https://www.nvidia.com/en-us/data-center/a100/
     "A100-SXM4-40GB": Chip("A100 40 GB", 312e12, 40, 1555e9, 600e9),
@@ -79,7 +80,7 @@ GPUS = {
     # https://www.nvidia.com/en-us/data-center/h200/
     "H200": Chip("H200", 989e12, 141, 4800e9, 900e9),
     # https://www.nvidia.com/en-us/data-center/l4/
-    "L4": Chip("L4", 121e12, 24, 300e9, 0),
+    "L4": Chip("L4", 121e12, 24, 300e9, 64e9),
 }
 # other names of TPUs that are in use
 ALIASES = {"tpu7x": "7x", "v7x": "7x", "v5litepod": "v5e", "v5lite": "v5e", "v6": "v6e"}
@@ -207,4 +208,6 @@ def clock(chip: Chip) -> float | None:
 
 def find_gpu(kind: str) -> Chip | None:
     """The GPU that JAX calls so; None where its figures are not in the table."""
-    return next((chip for name, chip in GPUS.items() if name in kind), None)
+    # an L4 is no L40S, and an H200 no GH200
+    found = (chip for name, chip in GPUS.items() if re.search(rf"\b{name}\b", kind))
+    return next(found, None)

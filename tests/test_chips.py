@@ -99,4 +99,10 @@ def test_a_gpu_is_found_by_what_jax_calls_it():
     found = chips.find_gpu("NVIDIA H100 80GB HBM3")
     assert found is not None
     assert (found.name, found.hbm) == ("H100", 80)
-    assert chips.find_gpu("NVIDIA GeForce GT 710") is None
+    assert chips.find_gpu("NVIDIA L4") is chips.GPUS["L4"]
+    assert chips.find_gpu("NVIDIA A100-SXM4-80GB") is chips.GPUS["A100-SXM4-80GB"]
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA GeForce GT 710", "NVIDIA L40S", "NVIDIA GH200 480GB"])
+def test_a_gpu_whose_name_only_holds_anothers_is_not_taken_for_it(kind):
+    assert chips.find_gpu(kind) is None

@@ -12,6 +12,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,6 +25,7 @@ from dpo_jax import (
     plan,
     plan_search,
     plan_text,
+    roofline,
     sharding,
     targets,
 )
@@ -162,6 +165,23 @@ def test_a_target_that_is_not_there_is_an_error(topology, message):
         pytest.skip("this machine has a GPU")
     with pytest.raises(ValueError, match=message):
         targets.find(topology)
+
+
+def test_gpus_may_use_what_jax_has_taken_of_their_memory(monkeypatch):
+    def stand_in(kind: str) -> Any:
+        stats = {"bytes_limit": 60_000_000_000}
+        return SimpleNamespace(device_kind=kind, memory_stats=lambda: stats)
+
+    gpus = [stand_in("NVIDIA H100 80GB HBM3")] * 8
+    monkeypatch.setattr(jax, "devices", lambda platform: gpus)
+    found = targets.find("gpu")
+    assert (found.name, found.chip_count) == ("8 x NVIDIA H100 80GB HBM3", 8)
+    assert (found.capacity, found.published) == (60e9, 80e9)
+    # of NVLink's 900 GB/s one way
+    assert roofline.group_rate(gpus, found) == 450e9
+    monkeypatch.setattr(jax, "devices", lambda platform: [stand_in("NVIDIA L40S")])
+    with pytest.raises(ValueError, match="what NVIDIA L40S can do is not in dpo_jax/chips.py"):
+        targets.find("gpu")
 
 
 @pytest.mark.parametrize(("topology", "slices"), [("cpu", 2), ("gpu", 2), ("v5p-128", 0)])
