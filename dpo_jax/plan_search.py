@@ -5,6 +5,7 @@ estimate of each says which are compiled, and what the compiler says of those de
 import dataclasses
 import itertools
 import math
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,15 @@ FORWARDS = {"none": 1.0, "dots": 1.2, "full": 2.0}
 THRIFT = ("none", "dots", "full")
 
 
+class Bounds(NamedTuple):
+    """How much is compiled."""
+
+    # settings at most
+    tries: int
+    # after so many minutes no further ones; the first are compiled always
+    minutes: float = 60.0
+
+
 class Candidate(NamedTuple):
     """Settings of a run, and what they would roughly take."""
 
@@ -36,10 +46,10 @@ def search(
     experiment: config.Experiment,
     examples: abstract_step.Examples,
     target: targets.Target,
-    tries: int,
+    bounds: Bounds,
     price: float | None = None,
 ) -> list[dict[str, Any]]:
-    """The plans of the most promising settings, at most so many, those that fit first and the
+    """The plans of the most promising settings within the bounds, those that fit first and the
     fastest of them at the front.
 
     ValueError where no settings divide the batch.
@@ -51,11 +61,14 @@ def search(
             "divides it: take a multiple of a smaller power of two more"
         )
     count, records, failed = len(left), [], []
-    while left and len(records) < tries:
+    end = time.monotonic() + 60 * bounds.minutes
+    while left and len(records) < bounds.tries and (not records or time.monotonic() < end):
         tried = left.pop(0)
         if any(is_greedier(tried.experiment, other) for other in failed):
             continue
-        print(f"compiling {len(records) + 1} of {tries}: {name(tried.experiment)}", flush=True)
+        print(
+            f"compiling {len(records) + 1} of {bounds.tries}: {name(tried.experiment)}", flush=True
+        )
         record = plan.plan(tried.experiment, examples, target, price)
         records.append(record | {"settings": name(tried.experiment), "candidates": count})
         if not record["fits"]:
@@ -194,8 +207,10 @@ def is_greedier(experiment: config.Experiment, failed: config.Experiment) -> boo
 
 def describe(records: Sequence[dict[str, Any]]) -> str:
     """What was compiled, the best first."""
+    minutes = sum(record["compile_seconds"] for record in records) / 60
     lines = [
-        f"{len(records)} of {records[0]['candidates']} settings compiled, the best first:",
+        f"{len(records)} of {records[0]['candidates']} settings compiled in {minutes:.0f} minutes, "
+        "the best first:",
         "",
         "| flags | GiB of a device | step, s (hidden to none hidden) | MFU |",
         "| --- | ---: | ---: | ---: |",

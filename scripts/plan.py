@@ -2,12 +2,13 @@
 
 python -m scripts.plan EXPERIMENT --topology v5p:4x4x4 [--slices 2] [--search]
     [--price-per-chip-hour 4.2] [--prompt-tokens 200 --completion-tokens 300 --examples 160000]
-    [--layout packed|padded] [--tries 8] [--json FILE] [flags of the run]
+    [--layout packed|padded] [--tries 8 --minutes 60] [--json FILE] [flags of the run]
 
 A topology is a slice of TPUs in chips (v5p:4x4x4) or Google's accelerator type (v5p-128), cpu,
 cpu:8, or gpu; with --slices several slices of TPUs that a data-centre network connects. The lengths
 are medians, of rows that cannot be read here. The padded layout is for comparison: a row for each
-completion, padded to the longest, with all logits.
+completion, padded to the longest, with all logits. A search compiles up to 8 settings, and no
+further ones after an hour.
 """
 
 import argparse
@@ -28,6 +29,7 @@ def main() -> int:
     parser.add_argument("--layout", choices=("packed", "padded"), default="packed")
     parser.add_argument("--search", action="store_true")
     parser.add_argument("--tries", type=int, default=8)
+    parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--price-per-chip-hour", type=float)
     parser.add_argument("--prompt-tokens", type=int)
     parser.add_argument("--completion-tokens", type=int)
@@ -50,8 +52,9 @@ def main() -> int:
         if own.search:
             from dpo_jax import plan_search
 
+            bounds = plan_search.Bounds(own.tries, own.minutes)
             records = plan_search.search(
-                experiment, examples, target, own.tries, own.price_per_chip_hour
+                experiment, examples, target, bounds, own.price_per_chip_hour
             )
             print(plan_search.describe(records))
             record = records[0]

@@ -278,16 +278,18 @@ def test_a_search_tries_what_seems_to_fit_and_the_fastest_of_it(cpus, tmp_path):
 def test_a_search_compiles_and_puts_the_best_first(cpus, tmp_path):
     experiment = make_experiment(tmp_path)
     examples = abstract_step.read_examples(experiment, LENGTHS)
-    records = plan_search.search(experiment, examples, cpus, 2)
+    records = plan_search.search(experiment, examples, cpus, plan_search.Bounds(2))
     assert len(records) == 2
     times = [one["seconds"]["none hidden"] for one in records]
     assert times == sorted(times)
     text = plan_search.describe(records)
-    assert f"2 of {records[0]['candidates']} settings compiled" in text
+    assert f"2 of {records[0]['candidates']} settings compiled in" in text
     assert records[0]["settings"] in text
     odd = experiment.replace(batch_size=1)
     with pytest.raises(ValueError, match="no mesh of 8 devices divides it"):
-        plan_search.search(odd, examples, cpus, 2)
+        plan_search.search(odd, examples, cpus, plan_search.Bounds(2))
+    # one is compiled however short the time is
+    assert len(plan_search.search(experiment, examples, cpus, plan_search.Bounds(2, 1e-9))) == 1
 
 
 def write_shape(folder: Path, positions: int) -> str:
