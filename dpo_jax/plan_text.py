@@ -78,6 +78,14 @@ def describe_sent(record: Mapping[str, Any]) -> list[str]:
             f"| {one['kind']} | {axes} | {one['runs']:,.0f} | {one['bytes'] / 1e9:.3f} | "
             f"{one['seconds']:.4f} |"
         )
+    far = [one for one in record["collectives"] if one["is_between_slices"]]
+    if any("fsdp" in one["axes"] for one in far):
+        lines += [
+            "",
+            "fsdp lies across slices, which therefore exchange parameters for every layer: with "
+            f"--mesh.data {record['slices']} they would exchange gradients alone, and each slice "
+            "hold all parameters.",
+        ]
     return lines
 
 

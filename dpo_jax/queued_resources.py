@@ -26,8 +26,8 @@ RUNTIMES = {
 }
 # states out of which a resource does not come back by itself; None: it is not there
 LOST = (None, "SUSPENDING", "SUSPENDED", "FAILED", "DELETING")
-# states of a node in which it works, or is about to
-WORKING = ("CREATING", "READY", "RESTARTING", "STARTING", "REPAIRING", "REIMAGING")
+# the state of a node that works
+READY = "READY"
 # what ssh itself exits with, and gcloud with it, where there is no connection
 UNREACHABLE = 255
 # seconds after which a command of gcloud's that only asks or asks for something is given up
@@ -196,16 +196,17 @@ async def state(resource: Resource, attempts: int, pause: float) -> tuple[str | 
 
 
 async def lost_node(resource: Resource, attempts: int, pause: float) -> str | None:
-    """The node of several that does not come back by itself, and its state; None: there is none.
+    """The node of several that does not work, and its state; None: all do.
 
-    A preemption of one slice ends what runs on all. Raises Refused where gcloud does not tell.
+    Where one is preempted or repaired, what runs on all of them ends. Raises Refused where gcloud
+    does not tell.
     """
     for command in describe_nodes(resource):
         done = await ask(command, attempts, pause)
         if done.code != 0 and not is_missing(done.errors):
             raise Refused(explain(done.errors))
-        found = json.loads(done.output)["state"] if done.code == 0 else "missing"
-        if found not in WORKING:
+        found = json.loads(done.output).get("state", READY) if done.code == 0 else "missing"
+        if found != READY:
             return f"{command[len(NODE) + 1]} is {found}"
     return None
 

@@ -123,6 +123,16 @@ def test_a_plan_is_text_and_json(planned):
     assert json.loads(json.dumps(planned))["chips"] == 1
 
 
+def test_a_plan_in_which_slices_exchange_parameters_says_how_they_would_not(planned):
+    far = roofline.Sent("all-gather", ("fsdp",), 1e9, 1, 2.0, True)._asdict()
+    record = {**planned, "slices": 4, "collectives": [*planned["collectives"], far]}
+    text = plan_text.describe(record)
+    assert "| all-gather | fsdp, between slices (DCN) | 1 | 1.000 | 2.0000 |" in text
+    assert "with --mesh.data 4 they would exchange gradients alone" in text
+    assert "| data-centre network | 0.0000 |" in text
+    assert "slices" not in plan_text.describe(planned)
+
+
 def test_what_does_not_fit_comes_with_numbers_and_advice(planned, cpus, tmp_path):
     experiment = plan.resolve(make_experiment(tmp_path, **{"mesh.data": 2, "mesh.fsdp": 4}), cpus)
     mesh = sharding.make_mesh(experiment.mesh, jax.devices())
