@@ -383,6 +383,7 @@ def test_what_slices_send_each_other_is_counted_apart(libtpu, tmp_path, data):
         described
     )
     assert (found["slices"], found["chips"], found["devices"]) == (2, 8, 8)
+    assert found["uncounted"] == []
     assert "between slices (DCN)" in described and "| data-centre network | " in described
 
 

@@ -16,7 +16,8 @@ FREE_CALLS = {
     *("AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone"),
     *("AsyncCollectiveStart", "ConcatBitcast", "GatherScatterIndicesBitpacked"),
     *("LayoutConstraint", "MoveToDevice", "PrepareAsyncCallDone", "PrepareAsyncCallStart"),
-    *("MoveToHost", "PadToStatic", "Sharding", "SliceToDynamic", "TopK", "__gpu$TopK"),
+    *("MoveToHost", "PadToStatic", "Sharding", "SliceId", "SliceToDynamic", "TopK", "ZeroCrop"),
+    "__gpu$TopK",
     *("annotate_device_placement", "cu_threefry2x32", "cu_threefry2x32_ffi"),
 }
 # products that are counted nowhere here
