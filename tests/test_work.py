@@ -117,3 +117,19 @@ ENTRY %main (first: f32[256]) -> f32[{size}] {{
 }}
 """
     assert [one.bytes for one in work.work(text.parse(body))] == [moved]
+
+
+def test_what_a_gpus_product_may_work_in_is_not_written_to():
+    body = """HloModule jit_f
+
+ENTRY %main (left: f32[5,2], right: f32[5,7]) -> f32[2,7] {
+  %left = f32[5,2]{1,0} parameter(0)
+  %right = f32[5,7]{1,0} parameter(1)
+  %both = (f32[2,7]{1,0}, s8[33554432]{0}) custom-call(%left, %right), \
+custom_call_target="__cublas$lt$matmul", backend_config={"operation_queue_id":"0",\
+"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["0"]}}}
+  ROOT %result = f32[2,7]{1,0} get-tuple-element(%both), index=0
+}
+"""
+    (done,) = work.work(text.parse(body))
+    assert (done.flops, done.bytes) == (2 * 5 * 2 * 7, 4 * (5 * 2 + 5 * 7 + 2 * 7))
