@@ -123,7 +123,10 @@ def ssh(resource: Resource, command: str) -> list[str]:
 
     Its exit code is that of the first worker that has failed, or UNREACHABLE.
     """
-    return [*reach(resource, "ssh", resource.name), f"--command={command}", *place(resource)]
+    # of several slices, gcloud would start 64 workers and wait for their end before it starts more
+    at_once = ["--batch-size=all"] if resource.slices > 1 else []
+    reached = reach(resource, "ssh", resource.name)
+    return [*reached, *at_once, f"--command={command}", *place(resource)]
 
 
 def reach(resource: Resource, *words: str) -> list[str]:

@@ -155,6 +155,7 @@ def ssh(name: str, arguments: list[str]) -> None:
         )
     if not is_active(name) or not are_all(nodes_of(name), arguments):
         stop("ERROR: (gcloud.compute.tpus.tpu-vm.ssh) the TPU is not READY")
+    assert "--batch-size=all" in arguments or len(nodes_of(name)) == 1
     processes = [start(node, number, command) for number, node in enumerate(nodes_of(name))]
     for job, what in SCENARIO.get("during", {}).items():
         if f"attach.sh {job} " in command and not (ROOT / "reconnected").exists():
