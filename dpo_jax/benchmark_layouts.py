@@ -214,15 +214,20 @@ def loop_lengths(model: decoder.Decoder, batch: dict, microbatches: int = 1) -> 
     """How often the loops run whose length depends on the batch, on average, by a part of their
     names: over a block of queries' blocks of keys, and over blocks of scored tokens.
     """
-    scored = mean_blocks(np.asarray(batch["slot"]), microbatches)
-    return {"/attention/": mean_pairs(model, batch), f"/{vocabulary.LOOP}/": scored}
+    slot, names = np.asarray(batch["slot"]), sorted(batch["length"])
+    trained = (slot > 0) & (np.array(names)[(slot - 1) % len(names)] != tokenise.MISMATCHED)
+    return {
+        "/attention/": mean_pairs(model, batch),
+        f"/{vocabulary.SCORED}/": mean_blocks(slot > 0, microbatches),
+        f"/{vocabulary.TRAINED}/": mean_blocks(trained, microbatches),
+    }
 
 
-def mean_blocks(slot: np.ndarray, microbatches: int) -> float:
-    """Blocks of scored tokens that one device computes of slots [B, S], for each microbatch."""
-    rows, scored = slot.shape
+def mean_blocks(wanted: np.ndarray, microbatches: int) -> float:
+    """Blocks up to the last scored token [B, S] that is wanted, of a microbatch on one device."""
+    rows, scored = wanted.shape
     size = vocabulary.block_size(rows // microbatches, scored)
-    filled = np.where(slot > 0, np.arange(1, scored + 1), 0).max(axis=1)
+    filled = np.where(wanted, np.arange(1, scored + 1), 0).max(axis=1)
     # as `train_step.split` has them
     fullest = filled.reshape(-1, microbatches).max(axis=0)
     return float(np.mean(-(-fullest // size)))

@@ -31,8 +31,8 @@ MULTIPLE = 128
 # blocks of scored tokens, at most, and tokens of one over all rows, at least: smaller ones would
 # leave more out, in products too small for the machine
 BLOCKS, BLOCK = 8, 128
-# part of the name of the loops over them
-LOOP = "scored_blocks"
+# parts of the names of the loops over them: of logits, and of their gradients
+SCORED, TRAINED = "scored_blocks", "trained_blocks"
 # below any logit and, unlike -inf, not nan when subtracted from itself
 LOWEST = float(np.finfo(np.float32).min)
 
@@ -173,7 +173,11 @@ def scores_forward(
 
 
 def scores_backward(cut: Cut, kept: Residuals, cotangent: jax.Array) -> tuple:
-    """Gradients of hidden states and weights; the loop is for the latter alone."""
+    """Gradients of hidden states and weights; the loop is for the latter alone, and leaves out
+    blocks behind the last token of which a gradient is wanted.
+    """
+    ends = jnp.where(cotangent != 0, jnp.arange(1, cotangent.shape[1] + 1), 0)
+    blocks = jnp.minimum(kept.blocks, -(-ends.max() // cut.block))
     # the order in which a CPU multiplies them by hidden states without turning them round first
     order = "twbs" if cut.is_embedding else "bstw"
 
@@ -209,7 +213,7 @@ def scores_backward(cut: Cut, kept: Residuals, cotangent: jax.Array) -> tuple:
             return jnp.zeros(shape, jnp.float32)
 
         at = Weights(axes(cut).index("w"), None if total.bias is None else 1)
-        found = over_blocks(cut, kept.blocks, of_block, jax.tree.map(empty, total, at))
+        found = over_blocks(cut, blocks, TRAINED, of_block, jax.tree.map(empty, total, at))
         # where stripes overlap, both have the same
         update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start)
         return jax.tree.map(
@@ -245,7 +249,7 @@ def sum_others(
             added = add_others(cut, *take(tokens, i), weights.bias, matrix, number, take(so_far, i))
             return jax.tree.map(lambda all, own: all.at[i].set(own), so_far, added)
 
-        return over_blocks(cut, blocks, of_block, before), None
+        return over_blocks(cut, blocks, SCORED, of_block, before), None
 
     zeros = jnp.zeros((*tokens[1].shape, cut.parts), jnp.float32)
     rows, size, width = tokens[0].shape[1:]
@@ -310,12 +314,12 @@ def take(tree: Any, at: jax.Array) -> Any:
 
 
 def over_blocks(
-    cut: Cut, blocks: jax.Array, of_block: Callable[[jax.Array, Any], Any], start: Any
+    cut: Cut, blocks: jax.Array, name: str, of_block: Callable[[jax.Array, Any], Any], start: Any
 ) -> Any:
     """What the first `blocks` blocks, one after the other, make of `start`."""
     if cut.only:
         return of_block(jnp.int32(0), start)
-    with jax.named_scope(LOOP):
+    with jax.named_scope(name):
         return jax.lax.fori_loop(0, blocks, of_block, start)
 
 

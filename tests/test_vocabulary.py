@@ -176,7 +176,35 @@ def test_blocks_that_no_row_has_filled_are_left_out(filled, tied, cap, biased, m
     program = text.parse(jitted.lower(*arguments).compile().as_text())
     count = -(-filled // 8)
     each = 2 * (2 * 8) * 16 * 4 * 128
-    assert costs.flops(program, {f"/{vocabulary.LOOP}/": count}) == 4 * count * each
+    lengths = {f"/{vocabulary.SCORED}/": count, f"/{vocabulary.TRAINED}/": count}
+    assert costs.flops(program, lengths) == 4 * count * each
+    assert costs.uncounted(program, lengths) == []
+
+
+def test_no_gradient_is_computed_of_blocks_behind_the_last_one_that_has_a_cotangent(monkeypatch):
+    monkeypatch.setattr(vocabulary, "BLOCK", 12)
+    case = draw(384)
+    head = decoder.Head(case.matrix)
+
+    def run(hidden, matrix):
+        found = vocabulary.token_logps(hidden, head._replace(matrix=matrix), case.target)
+        # as a loss that stops the gradient of some of them
+        return jnp.sum(found[:, :3] ** 2) + jnp.sum(jax.lax.stop_gradient(found[:, 3:]))
+
+    jitted: Any = jax.jit(jax.grad(run, (0, 1)))
+    hidden, matrix = jitted(case.hidden, case.matrix)
+    logps = oracle(case).logps
+    case.cotangent[:] = 0
+    case.cotangent[:, :3] = 2 * logps[:, :3]
+    expected = oracle(case)
+    np.testing.assert_allclose(hidden, expected.hidden, atol=1e-5)
+    np.testing.assert_allclose(matrix, expected.matrix, atol=1e-5)
+    assert not np.asarray(hidden)[:, 3:].any()
+    # the matrix's gradient is of one block of two, though both are scored
+    program = text.parse(jitted.lower(case.hidden, case.matrix).compile().as_text())
+    each = 2 * (2 * 8) * 16 * 3 * 128
+    assert costs.flops(program, {f"/{vocabulary.SCORED}/": 2}) == (2 * 2 + 2 * 1) * each
+    assert costs.uncounted(program, {f"/{vocabulary.SCORED}/": 2}) != []
 
 
 def rounded(array: np.ndarray) -> np.ndarray:
