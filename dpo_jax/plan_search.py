@@ -74,7 +74,8 @@ def name(experiment: config.Experiment) -> str:
     mesh = experiment.mesh
     cached = "cached" if experiment.reference.cached else "no-cached"
     text = (
-        f"--mesh.data {mesh.data} --mesh.fsdp {mesh.fsdp} --mesh.tensor {mesh.tensor} "
+        f"--mesh.data {mesh.data} --mesh.fsdp {mesh.fsdp} --mesh.sequence {mesh.sequence} "
+        f"--mesh.tensor {mesh.tensor} "
         f"--microbatches {experiment.microbatches} --model.remat {experiment.model.remat}"
     )
     return text if experiment.reference.source is None else f"{text} --reference.{cached}"

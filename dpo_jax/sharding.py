@@ -34,18 +34,20 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def make_mesh(axes: config.Mesh, devices: Sequence[Any]) -> Mesh:
-    """The mesh data x fsdp x tensor over the devices; ValueError where the product is not their
-    number.
+    """The mesh data x fsdp x sequence x tensor over the devices; ValueError where the product is
+    not their number.
     """
-    fsdp = axes.fsdp if axes.fsdp is not None else len(devices) // (axes.data * axes.tensor)
-    shape = (axes.data, fsdp, axes.tensor)
-    if math.prod(shape) != len(devices):
+    fsdp = axes.fsdp
+    if fsdp is None:
+        fsdp = len(devices) // (axes.data * axes.sequence * axes.tensor)
+    sizes = {"data": axes.data, "fsdp": fsdp, "sequence": axes.sequence, "tensor": axes.tensor}
+    if math.prod(sizes.values()) != len(devices):
+        product = " x ".join(f"mesh.{name} {size}" for name, size in sizes.items())
         raise ValueError(
-            f"mesh.data {axes.data} x mesh.fsdp {fsdp} x mesh.tensor {axes.tensor} = "
-            f"{math.prod(shape)} devices, and there are {len(devices)}: change --mesh.data, "
-            "--mesh.fsdp or --mesh.tensor"
+            f"{product} = {math.prod(sizes.values())} devices, and there are {len(devices)}: "
+            "change --mesh.data, --mesh.fsdp, --mesh.sequence or --mesh.tensor"
         )
-    names, types = ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3
+    shape, names, types = tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes)
     try:
         return jax.make_mesh(shape, names, axis_types=types, devices=devices)
     except NotImplementedError:
@@ -68,7 +70,7 @@ def check_batch_size(batch_size: int, microbatches: int, mesh: Mesh) -> None:
         raise ValueError(
             f"batch_size {batch_size} does not divide over {shards} batch shards (data x fsdp) x "
             f"{microbatches} microbatches = {parts} parts: take "
-            f"{f'{lower} or ' if lower else ''}{lower + parts}, or more tensor shards"
+            f"{f'{lower} or ' if lower else ''}{lower + parts}, or more sequence or tensor shards"
         )
 
 

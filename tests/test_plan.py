@@ -114,7 +114,7 @@ def test_parameters_are_gathered_over_fsdp(planned):
 
 def test_a_plan_is_text_and_json(planned):
     text = plan_text.describe(planned)
-    assert "mesh data 1 x fsdp 8 x tensor 1, 8 devices" in text
+    assert "mesh data 1 x fsdp 8 x sequence 1 x tensor 1, 8 devices" in text
     assert "It fits: " in text
     assert "not measured" in text
     assert json.loads(json.dumps(planned))["chips"] == 1
@@ -355,5 +355,5 @@ def test_the_padded_layout_is_planned_as_it_is_timed(cpus, tmp_path):
 def test_a_mesh_may_split_an_axis_of_the_torus(libtpu):
     devices = targets.find("v5p:4x4x4").devices
     mesh = sharding.make_mesh(config.Mesh(data=2, fsdp=32), devices)
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 32, "tensor": 1}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 32, "sequence": 1, "tensor": 1}
     assert len({device.id for device in mesh.devices.flat}) == 64

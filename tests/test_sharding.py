@@ -29,22 +29,25 @@ def shapes() -> dict:
     return decoder.shapes(TINY)
 
 
-def mesh_shape(axes: config.Mesh, devices: int) -> dict[str, int]:
-    return dict(sharding.make_mesh(axes, jax.devices()[:devices]).shape)
-
-
 def test_fsdp_takes_the_devices_that_the_other_axes_leave():
-    assert mesh_shape(config.Mesh(), 8) == {"data": 1, "fsdp": 8, "tensor": 1}
-    assert mesh_shape(config.Mesh(data=2, tensor=2), 8) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert mesh_shape(config.Mesh(fsdp=1), 1) == {"data": 1, "fsdp": 1, "tensor": 1}
+    def sizes(axes: config.Mesh, devices: int) -> tuple[int, ...]:
+        found = sharding.make_mesh(axes, jax.devices()[:devices]).shape
+        assert tuple(found) == ("data", "fsdp", "sequence", "tensor")
+        return tuple(found.values())
+
+    assert sizes(config.Mesh(), 8) == (1, 8, 1, 1)
+    assert sizes(config.Mesh(data=2, tensor=2), 8) == (2, 2, 1, 2)
+    assert sizes(config.Mesh(sequence=4, tensor=2), 8) == (1, 1, 4, 2)
+    assert sizes(config.Mesh(sequence=2), 8) == (1, 4, 2, 1)
+    assert sizes(config.Mesh(fsdp=1), 1) == (1, 1, 1, 1)
 
 
 @pytest.mark.parametrize(
     ("axes", "product"),
     [
-        (config.Mesh(data=2, fsdp=2, tensor=1), "mesh.data 2 x mesh.fsdp 2 x mesh.tensor 1 = 4"),
-        (config.Mesh(data=3), "mesh.data 3 x mesh.fsdp 2 x mesh.tensor 1 = 6"),
-        (config.Mesh(data=16), "mesh.data 16 x mesh.fsdp 0 x mesh.tensor 1 = 0"),
+        (config.Mesh(data=2, fsdp=2), "data 2 x mesh.fsdp 2 x mesh.sequence 1 x mesh.tensor 1 = 4"),
+        (config.Mesh(sequence=3), "data 1 x mesh.fsdp 2 x mesh.sequence 3 x mesh.tensor 1 = 6"),
+        (config.Mesh(data=16), "data 16 x mesh.fsdp 0 x mesh.sequence 1 x mesh.tensor 1 = 0"),
     ],
 )
 def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_the_cure(axes, product):
@@ -62,7 +65,7 @@ def test_rows_lie_over_data_and_fsdp(mesh):
 @pytest.mark.parametrize(
     ("batch_size", "microbatches", "suggestion"),
     [
-        (18, 1, "= 4 parts: take 16 or 20, or more tensor shards"),
+        (18, 1, "= 4 parts: take 16 or 20, or more sequence or tensor shards"),
         (12, 2, "= 8 parts: take 8 or 16,"),
         (2, 1, "= 4 parts: take 4,"),
     ],
