@@ -207,7 +207,7 @@ def mean_pairs(model: decoder.Decoder, batch: dict) -> float | None:
     """Pairs of blocks that attention computes for each block of queries of a batch, over the kinds
     of layers; None where it computes all tokens at once.
     """
-    if model.attend is attention.attend:
+    if blocks.is_at_once(model.attend):
         return None
     ids = attention.Ids(*(np.asarray(batch[name]) for name in attention.Ids._fields))
     counts = [

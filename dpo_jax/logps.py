@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from dpo_jax import vocabulary
 from dpo_jax.data import pack
-from dpo_jax.model import attention, decoder, layers
+from dpo_jax.model import attention, decoder, layers, sequence
 
 # logits held at once, over all devices: 128 MiB in float32
 CHUNK_ELEMENTS = 2**25
@@ -62,7 +62,8 @@ def score(
     if dropout and NOISE in batch:
         noise = layers.Dropout(jax.vmap(jax.random.key)(batch[NOISE]), dropout)
     hidden: Any = model.apply({"params": params}, batch["tokens"], ids, dropout=noise)
-    hidden = jnp.take_along_axis(hidden, batch["source"][..., None], axis=1)  # [B, S, D]
+    where = None if model.placement is None else model.placement.rows
+    hidden = sequence.take(hidden, batch["source"], where)  # [B, S, D]
     head = decoder.head(params, model.config)
     names = sorted(batch["length"])
     slots_of_row = len(batch["weight"]) // len(hidden) * len(names)

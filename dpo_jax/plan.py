@@ -25,7 +25,7 @@ from dpo_jax import (
 )
 from dpo_jax.data import pack, rows
 from dpo_jax.hlo import costs, text, work
-from dpo_jax.model import attention
+from dpo_jax.model import blocks
 from dpo_jax.model import config as model_config
 
 GIB = 2**30
@@ -187,7 +187,7 @@ def predict(
     """FLOPs, what is sent, and times."""
     devices = len(target.devices)
     pairs = None
-    if step.model.attend is not attention.attend:
+    if not blocks.is_at_once(step.model.attend):
         example = pack.batch(step.examples.data, step.plan, 0)
         pairs = benchmark_layouts.mean_pairs(step.model, example)
     unknown = 1.0 if pairs is None else pairs

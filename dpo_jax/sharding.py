@@ -16,10 +16,10 @@ from jax.sharding import PartitionSpec as P
 from dpo_jax import config
 from dpo_jax.model import decoder, shards
 
-# logical axis of a parameter -> mesh axis
-RULES: dict[str, str | None] = {
+# logical axis of a parameter -> mesh axes
+RULES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
-    "width": "fsdp",
+    "width": ("fsdp", "sequence"),
     "heads": "tensor",
     "key_value_heads": "tensor",
     "head_dim": None,
@@ -29,8 +29,12 @@ RULES: dict[str, str | None] = {
     "experts": None,
     "rank": None,
 }
-# rows of a batch lie on both
+# rows of a batch lie on both, and a row's tokens, and its scored ones, on the third
 BATCH_AXES = ("data", "fsdp")
+TOKEN_AXIS = "sequence"
+# what is found of a table's columns, [B, L, D], where it is found, and on its way to its rows: over
+# one axis of the mesh at a time, which is an exchange; over both, the compiler would collect it
+COLUMNS = P("data", None, RULES["width"]), P("data", TOKEN_AXIS, "fsdp")
 
 
 def make_mesh(axes: config.Mesh, devices: Sequence[Any]) -> Mesh:
@@ -61,6 +65,11 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def row_shards(mesh: Mesh) -> int:
+    """Over how many shards the tokens of a row lie."""
+    return mesh.shape[TOKEN_AXIS]
+
+
 def check_batch_size(batch_size: int, microbatches: int, mesh: Mesh) -> None:
     """Raises ValueError unless batch_size divides over batch shards and microbatches."""
     shards = batch_shards(mesh)
@@ -77,13 +86,13 @@ def check_batch_size(batch_size: int, microbatches: int, mesh: Mesh) -> None:
 def parameters(params, mesh: Mesh):
     """Sharding of each parameter: a tree like params (arrays or shapes).
 
-    An axis that its mesh axis does not divide stays whole. ValueError names a parameter without a
+    An axis lies over as many of its mesh axes as divide it. ValueError names a parameter without a
     rule or with one mesh axis twice.
     """
 
     def place(path, leaf, axes: tuple[str, ...]):
         names = [RULES[axis] for axis in axes]
-        used = [name for name in names if name is not None]
+        used = [name for entry in names for name in shards.names(entry)]
         if len(used) != len(set(used)):
             raise ValueError(
                 f"parameter {jax.tree_util.keystr(path)} with axes {axes} would use a mesh axis "
@@ -148,10 +157,25 @@ def rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
+def tokens(mesh: Mesh) -> NamedSharding:
+    """First axis over the batch shards, second over the shards of a row."""
+    return NamedSharding(mesh, P(BATCH_AXES, TOKEN_AXIS))
+
+
+def whole_rows(mesh: Mesh) -> NamedSharding:
+    """First axis over the batch shards and the shards of a row: rows that are not cut."""
+    return NamedSharding(mesh, P((*BATCH_AXES, TOKEN_AXIS)))
+
+
+def of_batch(ndim: int, mesh: Mesh) -> NamedSharding:
+    """Where an array of a batch lies: numbers of examples by row, those of tokens by token too."""
+    return rows(mesh) if ndim < 2 else tokens(mesh)
+
+
 def constrain(array: jax.Array, mesh: AbstractMesh, spec: P) -> jax.Array:
     """The array with a sharding inside of a compiled function; without one where the mesh is empty.
 
-    An axis that its mesh axes do not divide stays whole.
+    An axis lies over as many of its mesh axes as divide it.
     """
     if mesh.empty:
         return array
@@ -159,14 +183,13 @@ def constrain(array: jax.Array, mesh: AbstractMesh, spec: P) -> jax.Array:
     return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, fitting))
 
 
-def placement(mesh: Mesh) -> shards.Placement | None:
-    """Where the decoder's activations lie; None on one device."""
+def placement(mesh: Mesh, *, cuts_rows: bool = True) -> shards.Placement | None:
+    """Where the decoder's activations lie, which may cut rows of tokens; None on one device."""
     if mesh.size == 1:
         return None
-    columns = P("data", None, RULES["width"])
-    return shards.Placement(
-        rows(mesh), NamedSharding(mesh, P("data")), NamedSharding(mesh, columns)
-    )
+    where, columns = (tokens(mesh), COLUMNS) if cuts_rows else (whole_rows(mesh), COLUMNS[:1])
+    found, *way = (NamedSharding(mesh, spec) for spec in columns)
+    return shards.Placement(where, NamedSharding(mesh, P("data")), found, tuple(way))
 
 
 def held_rows(mesh: Mesh) -> Callable[[int], np.ndarray]:
@@ -182,17 +205,20 @@ def held_rows(mesh: Mesh) -> Callable[[int], np.ndarray]:
 
 
 def put_batch(batch: dict, mesh: Mesh):
-    """A host batch on the mesh, rows over the batch shards; `index` stays on the host.
+    """A host batch on the mesh, as `of_batch` says; `index` stays on the host.
 
     Of arrays of all rows, each process reads those that its devices hold.
     """
-    arrays = {name: value for name, value in batch.items() if name != "index"}
-    return jax.tree.map(lambda value: put_rows(np.asarray(value), mesh), arrays)
+
+    def one(value) -> jax.Array:
+        return put(np.asarray(value), of_batch(np.ndim(value), mesh))
+
+    return jax.tree.map(one, {name: value for name, value in batch.items() if name != "index"})
 
 
-def put_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
-    """An array of all rows on the mesh."""
-    return jax.make_array_from_callback(array.shape, rows(mesh), lambda index: array[index])
+def put(array: np.ndarray, where: NamedSharding) -> jax.Array:
+    """An array of the host, the same in all processes, laid there."""
+    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
 
 @dataclasses.dataclass(frozen=True)

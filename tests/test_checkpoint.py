@@ -76,7 +76,7 @@ def test_parameters_load_alone(saved):
     step, params = checkpoint.load_params(folder, shapes)
     assert step == 7
     assert_bits_equal(params, items["params"])
-    assert params["embedding"].sharding.spec == P("tensor", "fsdp")
+    assert params["embedding"].sharding.spec == P("tensor", ("fsdp", "sequence"))
 
 
 def test_a_model_of_another_shape_is_refused_with_what_does_not_fit(saved):

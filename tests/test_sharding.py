@@ -17,6 +17,7 @@ from dpo_jax.model.presets import PRESETS
 from tests import tiny
 
 TINY = PRESETS["tiny"]
+WIDTH = ("fsdp", "sequence")
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +85,14 @@ def test_a_batch_that_does_not_divide_is_refused_with_sizes_that_do(
 def test_parameters_lie_by_the_rules(mesh, shapes):
     specs = jax.tree.map(lambda placed: placed.spec, sharding.parameters(shapes, mesh))
     attention = specs["layers"]["attention"]
-    assert specs["embedding"] == P("tensor", "fsdp")
-    assert attention["query"]["kernel"] == P(None, "fsdp", "tensor", None)
-    assert attention["key"]["kernel"] == P(None, "fsdp", "tensor", None)
-    assert attention["output"]["kernel"] == P(None, "tensor", None, "fsdp")
-    assert specs["layers"]["mlp"]["up"]["kernel"] == P(None, "fsdp", "tensor")
-    assert specs["layers"]["mlp"]["down"]["kernel"] == P(None, "tensor", "fsdp")
-    assert specs["layers"]["mlp_norm"]["scale"] == P(None, "fsdp")
-    assert specs["norm"]["scale"] == P("fsdp")
+    assert specs["embedding"] == P("tensor", WIDTH)
+    assert attention["query"]["kernel"] == P(None, WIDTH, "tensor", None)
+    assert attention["key"]["kernel"] == P(None, WIDTH, "tensor", None)
+    assert attention["output"]["kernel"] == P(None, "tensor", None, WIDTH)
+    assert specs["layers"]["mlp"]["up"]["kernel"] == P(None, WIDTH, "tensor")
+    assert specs["layers"]["mlp"]["down"]["kernel"] == P(None, "tensor", WIDTH)
+    assert specs["layers"]["mlp_norm"]["scale"] == P(None, WIDTH)
+    assert specs["norm"]["scale"] == P(WIDTH)
 
 
 def test_placed_parameters_keep_their_numbers_and_are_split(mesh, draw_params):
@@ -106,8 +107,8 @@ def test_an_axis_that_its_mesh_axis_does_not_divide_stays_whole(shapes):
     # two heads of keys over eight devices; 64 x 4 x 16 and 512 x 64 do divide
     mesh = sharding.make_mesh(config.Mesh(fsdp=1, tensor=8), jax.devices())
     attention = sharding.parameters(shapes, mesh)["layers"]["attention"]
-    assert attention["key"]["kernel"].spec == P(None, "fsdp", None, None)
-    assert sharding.parameters(shapes, mesh)["embedding"].spec == P("tensor", "fsdp")
+    assert attention["key"]["kernel"].spec == P(None, WIDTH, None, None)
+    assert sharding.parameters(shapes, mesh)["embedding"].spec == P("tensor", WIDTH)
 
 
 def test_a_mesh_axis_used_twice_is_refused(mesh, shapes, monkeypatch):
@@ -184,7 +185,7 @@ def test_a_decoder_made_on_a_mesh_equals_the_one_made_on_one_device(mesh):
     found = initial.load("tiny", settings, 3, mesh)
     alone = jax.jit(decoder.init, static_argnums=0)(TINY, jax.random.key(3))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found.params), alone)
-    assert found.params["embedding"].sharding.spec == P("tensor", "fsdp")
+    assert found.params["embedding"].sharding.spec == P("tensor", WIDTH)
 
 
 @pytest.mark.slow
