@@ -68,7 +68,8 @@ def score(
     names = sorted(batch["length"])
     slots_of_row = len(batch["weight"]) // len(hidden) * len(names)
     places = locate(batch, slots_of_row) if statistics else None
-    by_token = token_values(hidden, head, batch["target"], places, statistics)
+    shards = sequence.shard_count(hidden.shape, where)
+    by_token = token_values(hidden, head, batch["target"], places, statistics, shards)
     by_completion = {
         name: sum_slots(values, batch["slot"], slots_of_row).reshape(-1, len(names))  # [N, C]
         for name, values in by_token.items()
@@ -112,16 +113,17 @@ def token_values(
     target: jax.Array,
     places: tuple[jax.Array, jax.Array] | None,
     statistics: Mapping[str, Statistic],
+    shards: int = 1,
 ) -> dict[str, jax.Array]:
     """Log-probability (under TOTAL) and statistics of each scored token: float32 [B, S] each.
 
     Statistics read whole rows of logits: chunks of S, whose logits the backward pass computes
-    again, bound what is held at once.
+    again, bound what is held at once. S lies on so many shards.
     """
     if places is None:
         return {TOTAL: vocabulary.token_logps(hidden, head, target)}
     rows, scored, _ = hidden.shape
-    count = chunk_count(rows, scored, decoder.vocabulary_size(head))
+    count = chunk_count(rows * shards, scored // shards, decoder.vocabulary_size(head))
     head = head._replace(matrix=head.matrix.astype(hidden.dtype))
 
     @jax.checkpoint
@@ -134,16 +136,20 @@ def token_values(
         return {TOTAL: logp, **{name: make(tokens) for name, make in statistics.items()}}
 
     def part(array: jax.Array) -> jax.Array:
-        return array.reshape(rows, count, scored // count, *array.shape[2:]).swapaxes(0, 1)
+        # every count-th token to one chunk, so that none moves to another shard of its row
+        apart = array.reshape(rows, scored // count, count, *array.shape[2:])
+        return jnp.moveaxis(apart, 2, 0)
 
     if count == 1:
         return one((hidden, target, places))
     values = jax.lax.map(one, jax.tree.map(part, (hidden, target, places)))
-    return jax.tree.map(lambda array: array.swapaxes(0, 1).reshape(rows, scored), values)
+    return jax.tree.map(lambda array: jnp.moveaxis(array, 0, 2).reshape(rows, scored), values)
 
 
 def chunk_count(rows: int, scored: int, logits: int) -> int:
-    """Smallest divisor of S whose chunks hold at most CHUNK_ELEMENTS, so many logits a token."""
+    """Smallest divisor of S whose chunks hold at most CHUNK_ELEMENTS, so many logits a token; rows
+    and S are those of shards.
+    """
     fitting = (
         n
         for n in range(1, scored + 1)

@@ -167,9 +167,18 @@ def whole_rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P((*BATCH_AXES, TOKEN_AXIS)))
 
 
-def of_batch(ndim: int, mesh: Mesh) -> NamedSharding:
-    """Where an array of a batch lies: numbers of examples by row, those of tokens by token too."""
-    return rows(mesh) if ndim < 2 else tokens(mesh)
+def of_batch(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Where an array of a batch lies: numbers of examples by row, those of tokens by token too;
+    ValueError where a row does not divide over its shards.
+    """
+    if len(shape) < 2:
+        return rows(mesh)
+    if shape[1] % row_shards(mesh):
+        raise ValueError(
+            f"rows of {shape[1]} tokens do not divide over {row_shards(mesh)} shards: change "
+            "--mesh.sequence to a divisor"
+        )
+    return tokens(mesh)
 
 
 def constrain(array: jax.Array, mesh: AbstractMesh, spec: P) -> jax.Array:
@@ -211,7 +220,7 @@ def put_batch(batch: dict, mesh: Mesh):
     """
 
     def one(value) -> jax.Array:
-        return put(np.asarray(value), of_batch(np.ndim(value), mesh))
+        return put(np.asarray(value), of_batch(np.shape(value), mesh))
 
     return jax.tree.map(one, {name: value for name, value in batch.items() if name != "index"})
 

@@ -49,3 +49,9 @@ def take_own(axis: str, hidden: jax.Array, source: jax.Array) -> jax.Array:
     found = jnp.take_along_axis(hidden, jnp.clip(own, 0, length - 1)[..., None], axis=1)
     found = jnp.where(((own >= 0) & (own < length))[..., None], found, 0)
     return jax.lax.psum_scatter(found, axis, scatter_dimension=1, tiled=True)
+
+
+def shard_count(shape: tuple[int, ...], where: NamedSharding | None) -> int:
+    """Over how many devices the tokens of each row of an array [B, L, ...] lie."""
+    axis = None if where is None else shards.token_axis(shape, where)
+    return 1 if where is None or axis is None else where.mesh.shape[axis]
