@@ -63,6 +63,20 @@ def test_rows_lie_over_data_and_fsdp(mesh):
     assert sharding.rows(mesh).spec == P(("data", "fsdp"))
 
 
+def test_tokens_of_a_row_lie_over_sequence_and_rows_that_it_does_not_divide_are_refused():
+    mesh = sharding.make_mesh(config.Mesh(fsdp=2, sequence=4), jax.devices())
+    assert (sharding.batch_shards(mesh), sharding.row_shards(mesh)) == (2, 4)
+    assert sharding.of_batch((6, 8), mesh).spec == P(("data", "fsdp"), "sequence")
+    assert sharding.of_batch((6,), mesh).spec == P(("data", "fsdp"))
+    batch = {"tokens": np.arange(48, dtype=np.int32).reshape(6, 8), "weight": np.ones(12)}
+    placed = sharding.put_batch(batch, mesh)
+    np.testing.assert_array_equal(placed["tokens"], batch["tokens"])
+    assert {shard.data.shape for shard in placed["tokens"].addressable_shards} == {(3, 2)}
+    assert {shard.data.shape for shard in placed["weight"].addressable_shards} == {(6,)}
+    with pytest.raises(ValueError, match="rows of 9 tokens do not divide over 4 shards"):
+        sharding.put_batch({"tokens": np.zeros((6, 9))}, mesh)
+
+
 @pytest.mark.parametrize(
     ("batch_size", "microbatches", "suggestion"),
     [
@@ -109,6 +123,21 @@ def test_an_axis_that_its_mesh_axis_does_not_divide_stays_whole(shapes):
     attention = sharding.parameters(shapes, mesh)["layers"]["attention"]
     assert attention["key"]["kernel"].spec == P(None, WIDTH, None, None)
     assert sharding.parameters(shapes, mesh)["embedding"].spec == P("tensor", WIDTH)
+
+
+def test_parameters_lie_over_sequence_too_where_both_axes_divide_their_width():
+    mesh = sharding.make_mesh(config.Mesh(fsdp=2, sequence=4), jax.devices())
+
+    def shards(width: int) -> dict[str, tuple[int, ...]]:
+        shapes = decoder.shapes(dataclasses.replace(tiny.DECODER, width=width))
+        placed = sharding.parameters(shapes, mesh)
+        return {
+            name: placed[name].shard_shape(shapes[name].shape) for name in ("embedding", "head")
+        }
+
+    assert shards(24) == {"embedding": (40, 3), "head": (3, 40)}
+    # 20 over both is no whole number
+    assert shards(20) == {"embedding": (40, 10), "head": (10, 40)}
 
 
 def test_a_mesh_axis_used_twice_is_refused(mesh, shapes, monkeypatch):

@@ -63,6 +63,14 @@ def test_kernels_give_what_all_pairs_at_once_give(
         np.testing.assert_array_equal(array[ids.example == 0], 0)
 
 
+def test_kernels_compute_the_queries_of_a_shard_of_each_row(ids):
+    mesh = sharding.make_mesh(config.Mesh(fsdp=1, sequence=2), jax.devices()[:2])
+    arrays, choices = test_blocks.draw(ids, 2, 1), {"window": 30, "cap": 0.7}
+    attend = functools.partial(interpreted, rows=sharding.tokens(mesh))
+    found = test_blocks.both(attend, arrays, ids, **choices)
+    test_blocks.assert_close(found, test_blocks.both(attention.attend, arrays, ids, **choices))
+
+
 def test_queries_and_keys_may_be_of_different_tokens_in_any_order(ids):
     order = np.random.default_rng(0).permutation(90)
     query, key, value, given = test_blocks.draw(ids)

@@ -232,10 +232,11 @@ train.train(run, tiny.FILE)
 
 
 def test_one_device_and_eight_give_the_same_losses(folder: Path, tmp_path: Path):
+    """Eight with all axes but data; from step 4 on with other axes."""
     arguments = [sys.executable, "-c", ONE_DEVICE, str(folder), str(tmp_path / "one")]
     environment = {**os.environ, "PYTHONPATH": str(tiny.ROOT)}
     subprocess.run(arguments, env=environment, cwd=tiny.ROOT, check=True)
-    changes = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
+    changes = {"mesh.fsdp": 2, "mesh.sequence": 2, "mesh.tensor": 2}
     train.train(tiny.experiment(folder, tmp_path / "eight", **changes), tiny.FILE)
     one, eight = lines(tmp_path / "one"), lines(tmp_path / "eight")
     assert len(one) == len(eight) == 7

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from dpo_jax import config
+from dpo_jax.data import fold, rows, steps, tokenise
 from dpo_jax.data import ladder as data_ladder
-from dpo_jax.data import rows, steps, tokenise
 
 # says which of so many rows of a batch are held here: bool [B]
 Held = Callable[[int], np.ndarray]
@@ -50,6 +50,8 @@ class Plan:
     # places in the epochs' orders at which the steps start, and the last one's end, int64 [steps +
     # 1], where they are counted in tokens
     starts: np.ndarray | None = None
+    # on which a row's tokens lie
+    row_shards: int = 1
 
 
 def plan(
@@ -78,7 +80,8 @@ def plan(
     multiples = data_ladder.multiples(parts, row_shards)
     climbed = data_ladder.climb(sampled, multiples, most(all_sizes), number)
     climbed = data_ladder.widen(climbed, largest(found), multiples)
-    return Plan(batch_size, parts, seed, climbed.shapes, scores_prompt, climbed.curve)
+    shapes, curve = climbed
+    return Plan(batch_size, parts, seed, shapes, scores_prompt, curve, row_shards=row_shards)
 
 
 def plan_by_tokens(
@@ -106,7 +109,8 @@ def plan_by_tokens(
     climbed, limit = data_ladder.climb_within(cut, batch_tokens, multiples, most(all_sizes), number)
     starts = steps.by_tokens(all_sizes.tokens, limit, seed, number)
     fewest = int(np.diff(starts).min())
-    return Plan(fewest, parts, seed, climbed.shapes, scores_prompt, climbed.curve, starts)
+    shapes, curve = climbed
+    return Plan(fewest, parts, seed, shapes, scores_prompt, curve, starts, row_shards)
 
 
 def plan_run(
@@ -156,7 +160,7 @@ def plan_within(
     scored = data_ladder.round_up(2 * scored, multiples.scored)
     counts = dict.fromkeys(data_ladder.round_up(batch_size / share, parts) for share in (8, 4, 2))
     shapes = (rows.Shape(count, tokens, scored, min(batch_size, 16)) for count in counts)
-    return Plan(batch_size, parts, 0, tuple(shapes))
+    return Plan(batch_size, parts, 0, tuple(shapes), row_shards=row_shards)
 
 
 def describe(plan: Plan, count: int, number: int) -> str:
@@ -219,7 +223,8 @@ def pack(data: tokenise.Tokenised, plan: Plan, indices: np.ndarray, held: Held =
         found = rows.assign(step, shape)
         if found is not None:
             members = [[int(indices[place]) for place in row] for row in found]
-            return _fill(data, members, shape, plan.scores_prompt, held(shape.rows))
+            filled = _fill(data, members, shape, plan.scores_prompt, held(shape.rows))
+            return fold.fold(filled, plan.row_shards)
     raise ValueError(
         f"an example has {step.tokens.max()} tokens in a row, {step.scored.max()} of them scored, "
         f"and the plan was made for examples of at most {plan.ladder[-1]}"

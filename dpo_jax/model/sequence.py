@@ -30,7 +30,7 @@ def take(hidden: jax.Array, source: jax.Array, where: NamedSharding | None) -> j
     tokens.
     """
     axis = None if where is None else shards.token_axis(hidden.shape, where)
-    if axis is None or axis != shards.token_axis(source.shape, where):
+    if where is None or axis is None or axis != shards.token_axis(source.shape, where):
         return jnp.take_along_axis(hidden, source[..., None], axis=1)
     rows = where.spec[0]
     shared = jax.shard_map(
