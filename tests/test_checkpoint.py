@@ -21,7 +21,7 @@ def one_device() -> Mesh:
 
 
 def eight_devices() -> Mesh:
-    return sharding.make_mesh(config.Mesh(data=2, fsdp=2, tensor=2), jax.devices())
+    return sharding.make_mesh(config.Mesh(fsdp=2, sequence=2, tensor=2), jax.devices())
 
 
 def items_on(mesh: Mesh, params: dict) -> dict:
