@@ -203,11 +203,15 @@ def test_the_script_plans_for_the_cpu(tmp_path):
 
 
 def test_meshes_have_all_devices_and_divide_the_heads():
-    found = list(plan_search.meshes(8, presets.PRESETS["llama-3.1-8b"]))
+    found = list(plan_search.meshes(8, presets.PRESETS["llama-3.1-8b"], 2000))
     assert len(found) == len(set(found)) == 10
     assert all(mesh.data * (mesh.fsdp or 1) * mesh.tensor == 8 for mesh in found)
+    long = list(plan_search.meshes(8, presets.PRESETS["llama-3.1-8b"], 4096))
+    assert len(long) == len(set(long)) == 10 + 6 + 3
+    assert {mesh.sequence for mesh in long} == {1, 2, 4}
+    assert all(mesh.data * (mesh.fsdp or 1) * mesh.sequence * mesh.tensor == 8 for mesh in long)
     narrow = dataclasses.replace(presets.PRESETS["llama-3.1-8b"], key_value_heads=2)
-    assert {mesh.tensor for mesh in plan_search.meshes(8, narrow)} == {1, 2}
+    assert {mesh.tensor for mesh in plan_search.meshes(8, narrow, 100)} == {1, 2}
 
 
 def test_a_search_tries_what_seems_to_fit_and_the_fastest_of_it(cpus, tmp_path):
