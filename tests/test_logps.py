@@ -129,7 +129,7 @@ def test_chunks_of_rows_on_several_devices_take_tokens_of_each(monkeypatch):
 
     def run(hidden, target, places):
         made = decoder.Head(jnp.asarray(head))
-        return logps.token_values(hidden, made, target, places, statistics, 4)
+        return logps.token_values(hidden, made, target, places, statistics, shards=4)
 
     where = sharding.tokens(mesh)
     placed = jax.device_put((hidden, target, places), where)

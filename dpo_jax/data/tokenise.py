@@ -33,6 +33,9 @@ FIELDS = (
 )
 
 
+# the completion of an unpaired example that another example's prompt got, of which no loss has a
+# gradient
+MISMATCHED = "mismatched"
 # the arrays beside the columns
 MAIN = ("tokens", "prompts", "completions")
 
@@ -205,7 +208,7 @@ def tokenise(
         counts["cut mismatched"] = int((stops < others[:, 1]).sum())
         others = np.stack([others[:, 0], stops], axis=1)
         completions = np.stack([completions[:, 0], others], axis=1)
-        names = ("completion", "mismatched")
+        names = ("completion", MISMATCHED)
     if side.label_noise:
         flipped = labels.flips(len(kept), side.label_noise, data.seed)
         counts["flipped labels"] = int(flipped.sum())

@@ -88,11 +88,6 @@ def attend_at_once(
     return on_each_device(run, rows, query, key, value, query_ids, key_ids)
 
 
-def is_at_once(attend: Callable) -> bool:
-    """Whether all pairs of a row's tokens are computed."""
-    return getattr(attend, "func", attend) in (attention.attend, attend_at_once)
-
-
 def on_each_device(
     run: Callable[..., jax.Array],
     rows: NamedSharding | None,
