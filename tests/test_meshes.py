@@ -14,7 +14,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dpo_jax import config, contract, initial, logps, losses, reference, sharding, train_step
+from dpo_jax import (
+    config,
+    contract,
+    initial,
+    logps,
+    losses,
+    reference,
+    sharding,
+    train_step,
+    vocabulary,
+)
 from dpo_jax.hlo import collectives, costs, text
 from dpo_jax.model import attention, decoder, shards
 from dpo_jax.model.config import DecoderConfig
@@ -213,7 +223,10 @@ MESHES = [
 @functools.cache
 def step_alone(device: Any, dtype: str) -> tuple[int, float]:
     """Bytes of the largest array of a step on one device, and its FLOPs."""
-    alone = compile_step(sharding.make_mesh(config.Mesh(), [device]), dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        # all scored tokens at once, as on several devices
+        patch.setattr(vocabulary, "BLOCK", ROWS * SCORED)
+        alone = compile_step(sharding.make_mesh(config.Mesh(), [device]), dtype)
     return costs.largest_arrays(alone, 1)[0].bytes, costs.flops(alone)
 
 

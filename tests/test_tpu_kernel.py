@@ -174,6 +174,34 @@ def test_gradients_are_compiled_for_tpus(topology, name, head_dim, dtype, choice
     assert held.temp_size_in_bytes < 2 * 8 * 2000**2 * 4
 
 
+@pytest.mark.tpu
+def test_the_queries_of_a_shard_of_each_row_are_compiled_for_tpus(topology):
+    mesh = sharding.make_mesh(config.Mesh(fsdp=1, sequence=2, tensor=2), topology("v5e:2x2"))
+    rows = sharding.tokens(mesh)
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*rows.spec, "tensor"))
+
+    def shape(heads: int) -> Any:
+        return jax.ShapeDtypeStruct((1, 4096, heads, 128), jnp.bfloat16, sharding=place)
+
+    integers: Any = jax.ShapeDtypeStruct((1, 4096), jnp.int32, sharding=sharding.rows(mesh))
+    attend: Any = initial.make_decoder(tiny.DECODER, config.Model(), mesh).attend
+
+    def loss(query, key, value, ids):
+        mixed = attend(query, key, value, ids, ids, scale=0.1)
+        return jnp.sum(jnp.square(mixed.astype(jnp.float32)))
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    ids = Ids(integers, integers, integers)
+    compiled = gradient.lower(shape(16), shape(4), shape(4), ids).compile()
+    program = text.parse(str(compiled.as_text()))
+    assert costs.uncounted(program) == []
+    # 512 pairs of 16 blocks of queries and 32 of keys, taken for (512 + 16) / 2 by query and
+    # (512 + 32) / 2 by key; five and four products
+    assert costs.flops(program) == (5 * 264 + 4 * 272) * 2 * 8 * 128**2 * 128
+    sent = {(one.kind, one.axes) for one in collectives.collectives(program, mesh.shape)}
+    assert sent == {("all-gather", ("sequence",)), ("reduce-scatter", ("sequence",))}
+
+
 def test_a_kernel_is_chosen_where_there_is_one():
     mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
     with pytest.raises(ValueError, match="there is none for the mesh's platform, cpu"):
