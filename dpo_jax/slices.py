@@ -14,8 +14,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-# axes that may lie across slices, the best first: what is sent along them are gradients once a
-# step, and parameters once a layer; along all others it is activations of every layer
+# axes that may lie across slices, the best first: along them go gradients of each microbatch, and
+# parameters of each layer; along all others its activations
 ACROSS = ("data", "fsdp")
 
 
