@@ -72,7 +72,8 @@ def make(experiment: config.Experiment, examples: Examples, mesh) -> Step:
     started = start(experiment, shape, mesh)
     declared = contract.needs(experiment.loss.function)
     parts = sharding.batch_shards(mesh) * experiment.microbatches
-    plan = pack.plan_run(data, experiment, parts, scores_prompt=declared.prompt)
+    over = sharding.row_shards(mesh)
+    plan = pack.plan_run(data, experiment, parts, scores_prompt=declared.prompt, row_shards=over)
     compiled = programs.make(programs.form(experiment, started, mesh))
     floats, _ = contract.split(experiment.loss.hyperparameters)
     return Step(
@@ -110,17 +111,16 @@ def make_padded(experiment: config.Experiment, examples: Examples, mesh) -> Step
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, packed.state), None),
         donate_argnums=0,
     )
-    where = sharding.rows(mesh)
 
     def integers(*dims: int) -> Any:
-        return jax.ShapeDtypeStruct(dims, jnp.int32, sharding=where)
+        return jax.ShapeDtypeStruct(dims, jnp.int32, sharding=sharding.of_batch(dims, mesh))
 
     batch = {
         "tokens": integers(shape.rows, width),
         "lengths": integers(shape.rows),
         "prompts": integers(shape.rows),
         "length": {name: integers(count) for name in data.names},
-        "weight": jax.ShapeDtypeStruct((count,), jnp.float32, sharding=where),
+        "weight": jax.ShapeDtypeStruct((count,), jnp.float32, sharding=sharding.rows(mesh)),
     }
     plan = dataclasses.replace(packed.plan, ladder=(shape,), curve=(fill,))
     return packed._replace(step=jitted, batch=batch, plan=plan)
@@ -249,14 +249,12 @@ def make_batch(
         batch[logps.NOISE] = np.zeros(shape.rows, np.uint32)
     if experiment.reference.cached:
         batch = reference.with_table(batch, make_table(experiment, batch, len(data.prompts)))
-    where = sharding.rows(mesh)
-    return {
-        name: jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), value
-        )
-        for name, value in batch.items()
-        if name != "index"
-    }
+
+    def one(leaf) -> Any:
+        where = sharding.of_batch(leaf.shape, mesh)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    return {name: jax.tree.map(one, value) for name, value in batch.items() if name != "index"}
 
 
 def make_table(experiment: config.Experiment, batch: dict, count: int) -> dict[str, np.ndarray]:

@@ -261,6 +261,7 @@ def lay_out(
     cached = experiment.reference.cached and anchor is not None
     params_hash = identities["reference"] if cached else ""
     shards, declared = sharding.batch_shards(mesh), contract.needs(experiment.loss.function)
+    options = {"scores_prompt": declared.prompt, "row_shards": sharding.row_shards(mesh)}
 
     def one(data: tokenise.Tokenised, plan: pack.Plan) -> reference.LaidOut:
         if not cached:
@@ -282,13 +283,11 @@ def lay_out(
             shards,
             experiment.seed,
             number=batches * evaluations,
-            scores_prompt=declared.prompt,
+            **options,
         )
         return one(data, plan)
 
-    plan = pack.plan_run(
-        found.train, experiment, shards * experiment.microbatches, scores_prompt=declared.prompt
-    )
+    plan = pack.plan_run(found.train, experiment, shards * experiment.microbatches, **options)
     print(pack.describe(plan, len(found.train.prompts), experiment.steps))
     return one(found.train, plan), one_held_out(found.held_out), one_held_out(found.held_out_pairs)
 

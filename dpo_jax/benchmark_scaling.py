@@ -152,7 +152,13 @@ def make_timer(
 
     def time_steps(data: tokenise.Tokenised, count: int, steps: int) -> dict[str, float]:
         nonlocal state
-        plan = pack.plan(data, count, sharding.batch_shards(mesh), sizes.seed)
+        plan = pack.plan(
+            data,
+            count,
+            sharding.batch_shards(mesh),
+            sizes.seed,
+            row_shards=sharding.row_shards(mesh),
+        )
         seconds, placed, floor, tokens = [], [], 0.0, 0
         for number in range(steps):
             placed.append(sharding.put_batch(pack.batch(data, plan, number), mesh))

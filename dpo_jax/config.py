@@ -215,6 +215,8 @@ class Mesh:
     fsdp: Count | None = None
     # shards of heads, hidden units and vocabulary
     tensor: Count = 1
+    # shards of each row's tokens, and beside those of fsdp of parameters and moments
+    sequence: Count = 1
 
 
 @dataclasses.dataclass(frozen=True)

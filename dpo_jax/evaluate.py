@@ -127,7 +127,13 @@ def totals(sampler: Sampler, params, data: tokenise.Tokenised) -> np.ndarray:
     # from bounds and not from what was sampled, so that every evaluation has the same shapes
     longest = max(map(len, sampler.prompts)) + sampler.settings.max_tokens
     shards = sharding.batch_shards(sampler.mesh)
-    plan = pack.plan_within(longest, sampler.settings.max_tokens, sampler.batch_size, shards)
+    plan = pack.plan_within(
+        longest,
+        sampler.settings.max_tokens,
+        sampler.batch_size,
+        shards,
+        sharding.row_shards(sampler.mesh),
+    )
     found = np.zeros(len(data.prompts))
     for batch in pack.evaluation_batches(data, plan, sharding.held_rows(sampler.mesh)):
         filled, index = batch["weight"] > 0, batch["index"]

@@ -183,19 +183,24 @@ def complete(
 
     All batches have one shape, whose width is the power of two over the longest prompt. Prompt i
     draws with fold_in(key, i), whatever the batch size. With a mesh, rows lie over its batch
-    shards. Other stop_ids, as many, compile nothing.
+    shards and, since they are not cut, over those of a row. Other stop_ids, as many, compile
+    nothing.
     """
     check_prompts(decoder, prompts, max_tokens, temperature)
     if not stop_ids:
         raise ValueError("stop_ids is empty; give at least one id, such as the tokenizer's EOS")
     if not prompts:
         return []
-    shards = 1 if mesh is None else sharding.batch_shards(mesh)
-    put = (lambda array: array) if mesh is None else functools.partial(sharding.put_rows, mesh=mesh)
+    put, shards, everywhere = (lambda array: array), 1, None
+    if mesh is not None:
+        put = functools.partial(sharding.put, where=sharding.whole_rows(mesh))
+        shards = sharding.batch_shards(mesh) * sharding.row_shards(mesh)
+        everywhere = sharding.replicated(mesh)
+        decoder = decoder.clone(placement=sharding.placement(mesh, cuts_rows=False))
     run = jax.jit(
         generate_numbered,
         static_argnames=("decoder", "select", "max_tokens"),
-        out_shardings=None if mesh is None else sharding.replicated(mesh),
+        out_shardings=everywhere,
     )
     completions: list[list[int]] = []
     for batch in batches(prompts, -(-batch_size // shards) * shards):

@@ -262,8 +262,10 @@ def choose_attention(settings: config.Model, mesh, rows: NamedSharding | None) -
     platform = mesh.devices.flat[0].platform
     by_default = {"cpu": "blocks", "tpu": "kernel"}.get(platform, "plain")
     match settings.attention or by_default, platform:
-        case "plain", _:
+        case "plain", _ if sharding.row_shards(mesh) == 1:
             return attention.attend
+        case "plain", _:
+            return blocks.make_attend(blocks.attend_at_once, rows)
         case "blocks", _:
             return blocks.make_attend(blocks.attend, rows)
         case "kernel", "tpu":

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from dpo_jax import vocabulary
 from dpo_jax.data import pack
-from dpo_jax.model import attention, decoder, layers
+from dpo_jax.model import attention, decoder, layers, sequence
 
 # logits held at once, over all devices: 128 MiB in float32
 CHUNK_ELEMENTS = 2**25
@@ -62,13 +62,17 @@ def score(
     if dropout and NOISE in batch:
         noise = layers.Dropout(jax.vmap(jax.random.key)(batch[NOISE]), dropout)
     hidden: Any = model.apply({"params": params}, batch["tokens"], ids, dropout=noise)
-    hidden = jnp.take_along_axis(hidden, batch["source"][..., None], axis=1)  # [B, S, D]
+    where = None if model.placement is None else model.placement.rows
+    hidden = sequence.take(hidden, batch["source"], where)  # [B, S, D]
     head = decoder.head(params, model.config)
     names = sorted(batch["length"])
     slots_of_row = len(batch["weight"]) // len(hidden) * len(names)
     places = locate(batch, slots_of_row) if statistics else None
     ends = jnp.where(batch["slot"] > 0, jnp.arange(1, batch["slot"].shape[1] + 1), 0)
-    by_token = token_values(hidden, head, batch["target"], places, statistics, ends.max())
+    shards = sequence.shard_count(hidden.shape, where)
+    by_token = token_values(
+        hidden, head, batch["target"], places, statistics, ends.max(), shards=shards
+    )
     by_completion = {
         name: sum_slots(values, batch["slot"], slots_of_row).reshape(-1, len(names))  # [N, C]
         for name, values in by_token.items()
@@ -113,6 +117,8 @@ def token_values(
     places: tuple[jax.Array, jax.Array] | None,
     statistics: Mapping[str, Statistic],
     filled: jax.Array | None = None,
+    *,
+    shards: int = 1,
 ) -> dict[str, jax.Array]:
     """Log-probability (under TOTAL) and statistics of each scored token: float32 [B, S] each.
 
@@ -120,12 +126,12 @@ def token_values(
     for others means nothing.
 
     Statistics read whole rows of logits: chunks of S, whose logits the backward pass computes
-    again, bound what is held at once.
+    again, bound what is held at once. S lies on so many shards.
     """
     if places is None:
         return {TOTAL: vocabulary.token_logps(hidden, head, target, filled)}
     rows, scored, _ = hidden.shape
-    count = chunk_count(rows, scored, decoder.vocabulary_size(head))
+    count = chunk_count(rows * shards, scored // shards, decoder.vocabulary_size(head))
     head = head._replace(matrix=head.matrix.astype(hidden.dtype))
 
     @jax.checkpoint
@@ -138,16 +144,20 @@ def token_values(
         return {TOTAL: logp, **{name: make(tokens) for name, make in statistics.items()}}
 
     def part(array: jax.Array) -> jax.Array:
-        return array.reshape(rows, count, scored // count, *array.shape[2:]).swapaxes(0, 1)
+        # every count-th token to one chunk, so that none moves to another shard of its row
+        apart = array.reshape(rows, scored // count, count, *array.shape[2:])
+        return jnp.moveaxis(apart, 2, 0)
 
     if count == 1:
         return one((hidden, target, places))
     values = jax.lax.map(one, jax.tree.map(part, (hidden, target, places)))
-    return jax.tree.map(lambda array: array.swapaxes(0, 1).reshape(rows, scored), values)
+    return jax.tree.map(lambda array: jnp.moveaxis(array, 0, 2).reshape(rows, scored), values)
 
 
 def chunk_count(rows: int, scored: int, logits: int) -> int:
-    """Smallest divisor of S whose chunks hold at most CHUNK_ELEMENTS, so many logits a token."""
+    """Smallest divisor of S whose chunks hold at most CHUNK_ELEMENTS, so many logits a token; rows
+    and S are those of shards.
+    """
     fitting = (
         n
         for n in range(1, scored + 1)

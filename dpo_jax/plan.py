@@ -263,6 +263,10 @@ def advise(step: abstract_step.Step, memory: Mapping[str, float]) -> list[str]:
             f"--microbatches {2 * experiment.microbatches}: {each} rows a device are computed "
             f"{each // experiment.microbatches} at once"
         )
+    if each == experiment.microbatches:
+        temporaries.append(
+            f"--mesh.sequence {2 * sizes['sequence']}: the tokens of a row on more devices"
+        )
     if sizes["tensor"] < step.model.config.key_value_heads:
         temporaries.append(
             f"--mesh.tensor {2 * sizes['tensor']}: heads, hidden units and logits in more shards"

@@ -19,6 +19,8 @@ KEPT = {"none": 34.0, "dots": 16.0, "full": 2.0}
 FORWARDS = {"none": 1.0, "dots": 1.2, "full": 2.0}
 # from what takes most memory to what takes least
 THRIFT = ("none", "dots", "full")
+# tokens of the longest example on a device, at least, where a row's tokens lie on several
+SHARD = 1024
 
 
 class Candidate(NamedTuple):
@@ -74,7 +76,8 @@ def name(experiment: config.Experiment) -> str:
     mesh = experiment.mesh
     cached = "cached" if experiment.reference.cached else "no-cached"
     text = (
-        f"--mesh.data {mesh.data} --mesh.fsdp {mesh.fsdp} --mesh.tensor {mesh.tensor} "
+        f"--mesh.data {mesh.data} --mesh.fsdp {mesh.fsdp} --mesh.sequence {mesh.sequence} "
+        f"--mesh.tensor {mesh.tensor} "
         f"--microbatches {experiment.microbatches} --model.remat {experiment.model.remat}"
     )
     return text if experiment.reference.source is None else f"{text} --reference.{cached}"
@@ -86,12 +89,19 @@ def candidates(
     """All settings that divide the batch, those that seem to fit first, the fastest first."""
     found = [
         Candidate(one, *estimate(one, examples, target))
-        for one in variants(experiment, len(target.devices))
+        for one in variants(experiment, len(target.devices), longest(examples))
     ]
     return sorted(found, key=lambda one: (one.memory > target.capacity, one.seconds))
 
 
-def variants(experiment: config.Experiment, devices: int) -> Iterator[config.Experiment]:
+def longest(examples: abstract_step.Examples) -> int:
+    """Most tokens that an example takes in a row."""
+    return int(rows.sizes(examples.data).tokens.max())
+
+
+def variants(
+    experiment: config.Experiment, devices: int, longest: int
+) -> Iterator[config.Experiment]:
     """The run with each mesh, number of microbatches, rematerialisation and kind of reference that
     it may have.
     """
@@ -100,7 +110,8 @@ def variants(experiment: config.Experiment, devices: int) -> Iterator[config.Exp
     can_cache = settings.source is not None and settings.update_every is None
     references = {settings.cached, True} if can_cache else {settings.cached}
     apart = contract.accumulates_apart(experiment.loss.function)
-    choices = itertools.product(meshes(devices, shape), MICROBATCHES, THRIFT, sorted(references))
+    laid_out = meshes(devices, shape, longest)
+    choices = itertools.product(laid_out, MICROBATCHES, THRIFT, sorted(references))
     for mesh, parts, remat, cached in choices:
         if experiment.batch_size % ((mesh.data * (mesh.fsdp or 1)) * parts):
             continue
@@ -114,14 +125,15 @@ def variants(experiment: config.Experiment, devices: int) -> Iterator[config.Exp
         )
 
 
-def meshes(devices: int, shape: model_config.DecoderConfig) -> Iterator[config.Mesh]:
-    """Meshes of so many devices, axes powers of two; tensor divides the heads."""
-    for tensor in powers(min(devices, shape.key_value_heads)):
-        if devices % tensor or shape.key_value_heads % tensor:
-            continue
-        for data in powers(devices // tensor):
-            if devices % (tensor * data) == 0:
-                yield config.Mesh(data, devices // (tensor * data), tensor)
+def meshes(devices: int, shape: model_config.DecoderConfig, longest: int) -> Iterator[config.Mesh]:
+    """Meshes of so many devices, axes powers of two; tensor divides the heads, and sequence leaves
+    each device SHARD tokens of the longest example.
+    """
+    heads, tokens = powers(shape.key_value_heads), powers(max(longest // SHARD, 1))
+    for tensor, sequence, data in itertools.product(heads, tokens, powers(devices)):
+        others = tensor * sequence * data
+        if devices % others == 0 and shape.key_value_heads % tensor == 0:
+            yield config.Mesh(data, devices // others, tensor, sequence)
 
 
 def powers(most: int) -> list[int]:
@@ -147,14 +159,18 @@ def estimate(
     own = parameters / mesh.tensor
     # parameters for every pass of every microbatch in two bytes, and gradients in four
     passes = experiment.microbatches * (2 * (forwards + 1) + (0 if has_adapter else 4))
-    sent = own * passes if shards > 1 else 0.0
+    sent = own * passes if shards * mesh.sequence > 1 else 0.0
     if mesh.tensor > 1:
-        sent += shape.layers * 8 * (forwards + 1) * tokens / shards * shape.width
+        sent += shape.layers * 8 * (forwards + 1) * tokens / shards / mesh.sequence * shape.width
+    if mesh.sequence > 1:
+        # keys and values in two bytes, and what they get back
+        keys = 4 * shape.key_value_heads * shape.head_dim / mesh.tensor
+        sent += shape.layers * keys * (forwards + 1) * tokens / shards
     links = 2 * sent / target.links if target.links else 0.0
     trained = 0.02 if has_adapter else 1.0
     held = (0.0 if not has_adapter else 2.0) + (2.0 if is_live and not has_adapter else 0.0)
-    memory = own / (mesh.fsdp or 1) * (16 * trained + held)
-    each = tokens / shards / experiment.microbatches
+    memory = own / ((mesh.fsdp or 1) * mesh.sequence) * (16 * trained + held)
+    each = tokens / shards / mesh.sequence / experiment.microbatches
     # of widths, those of heads and hidden units are shared out over tensor
     memory += 2 * shape.layers * each * shape.width * KEPT[experiment.model.remat] / mesh.tensor
     return compute + links, memory

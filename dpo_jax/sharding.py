@@ -16,10 +16,10 @@ from jax.sharding import PartitionSpec as P
 from dpo_jax import config
 from dpo_jax.model import decoder, shards
 
-# logical axis of a parameter -> mesh axis
-RULES: dict[str, str | None] = {
+# logical axis of a parameter -> mesh axes
+RULES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
-    "width": "fsdp",
+    "width": ("fsdp", "sequence"),
     "heads": "tensor",
     "key_value_heads": "tensor",
     "head_dim": None,
@@ -29,23 +29,29 @@ RULES: dict[str, str | None] = {
     "experts": None,
     "rank": None,
 }
-# rows of a batch lie on both
+# rows of a batch lie on both, and a row's tokens, and its scored ones, on the third
 BATCH_AXES = ("data", "fsdp")
+TOKEN_AXIS = "sequence"
+# what is found of a table's columns, [B, L, D], where it is found, and on its way to its rows: over
+# one axis of the mesh at a time, which is an exchange; over both, the compiler would collect it
+COLUMNS = P("data", None, RULES["width"]), P("data", TOKEN_AXIS, "fsdp")
 
 
 def make_mesh(axes: config.Mesh, devices: Sequence[Any]) -> Mesh:
-    """The mesh data x fsdp x tensor over the devices; ValueError where the product is not their
-    number.
+    """The mesh data x fsdp x sequence x tensor over the devices; ValueError where the product is
+    not their number.
     """
-    fsdp = axes.fsdp if axes.fsdp is not None else len(devices) // (axes.data * axes.tensor)
-    shape = (axes.data, fsdp, axes.tensor)
-    if math.prod(shape) != len(devices):
+    fsdp = axes.fsdp
+    if fsdp is None:
+        fsdp = len(devices) // (axes.data * axes.sequence * axes.tensor)
+    sizes = {"data": axes.data, "fsdp": fsdp, "sequence": axes.sequence, "tensor": axes.tensor}
+    if math.prod(sizes.values()) != len(devices):
+        product = " x ".join(f"mesh.{name} {size}" for name, size in sizes.items())
         raise ValueError(
-            f"mesh.data {axes.data} x mesh.fsdp {fsdp} x mesh.tensor {axes.tensor} = "
-            f"{math.prod(shape)} devices, and there are {len(devices)}: change --mesh.data, "
-            "--mesh.fsdp or --mesh.tensor"
+            f"{product} = {math.prod(sizes.values())} devices, and there are {len(devices)}: "
+            "change --mesh.data, --mesh.fsdp, --mesh.sequence or --mesh.tensor"
         )
-    names, types = ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3
+    shape, names, types = tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes)
     try:
         return jax.make_mesh(shape, names, axis_types=types, devices=devices)
     except NotImplementedError:
@@ -59,6 +65,11 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def row_shards(mesh: Mesh) -> int:
+    """Over how many shards the tokens of a row lie."""
+    return mesh.shape[TOKEN_AXIS]
+
+
 def check_batch_size(batch_size: int, microbatches: int, mesh: Mesh) -> None:
     """Raises ValueError unless batch_size divides over batch shards and microbatches."""
     shards = batch_shards(mesh)
@@ -68,20 +79,20 @@ def check_batch_size(batch_size: int, microbatches: int, mesh: Mesh) -> None:
         raise ValueError(
             f"batch_size {batch_size} does not divide over {shards} batch shards (data x fsdp) x "
             f"{microbatches} microbatches = {parts} parts: take "
-            f"{f'{lower} or ' if lower else ''}{lower + parts}, or more tensor shards"
+            f"{f'{lower} or ' if lower else ''}{lower + parts}, or more sequence or tensor shards"
         )
 
 
 def parameters(params, mesh: Mesh):
     """Sharding of each parameter: a tree like params (arrays or shapes).
 
-    An axis that its mesh axis does not divide stays whole. ValueError names a parameter without a
+    An axis lies over as many of its mesh axes as divide it. ValueError names a parameter without a
     rule or with one mesh axis twice.
     """
 
     def place(path, leaf, axes: tuple[str, ...]):
         names = [RULES[axis] for axis in axes]
-        used = [name for name in names if name is not None]
+        used = [name for entry in names for name in shards.names(entry)]
         if len(used) != len(set(used)):
             raise ValueError(
                 f"parameter {jax.tree_util.keystr(path)} with axes {axes} would use a mesh axis "
@@ -146,10 +157,34 @@ def rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
+def tokens(mesh: Mesh) -> NamedSharding:
+    """First axis over the batch shards, second over the shards of a row."""
+    return NamedSharding(mesh, P(BATCH_AXES, TOKEN_AXIS))
+
+
+def whole_rows(mesh: Mesh) -> NamedSharding:
+    """First axis over the batch shards and the shards of a row: rows that are not cut."""
+    return NamedSharding(mesh, P((*BATCH_AXES, TOKEN_AXIS)))
+
+
+def of_batch(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Where an array of a batch lies: numbers of examples by row, those of tokens by token too;
+    ValueError where a row does not divide over its shards.
+    """
+    if len(shape) < 2:
+        return rows(mesh)
+    if shape[1] % row_shards(mesh):
+        raise ValueError(
+            f"rows of {shape[1]} tokens do not divide over {row_shards(mesh)} shards: change "
+            "--mesh.sequence to a divisor"
+        )
+    return tokens(mesh)
+
+
 def constrain(array: jax.Array, mesh: AbstractMesh, spec: P) -> jax.Array:
     """The array with a sharding inside of a compiled function; without one where the mesh is empty.
 
-    An axis that its mesh axes do not divide stays whole.
+    An axis lies over as many of its mesh axes as divide it.
     """
     if mesh.empty:
         return array
@@ -157,14 +192,13 @@ def constrain(array: jax.Array, mesh: AbstractMesh, spec: P) -> jax.Array:
     return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, fitting))
 
 
-def placement(mesh: Mesh) -> shards.Placement | None:
-    """Where the decoder's activations lie; None on one device."""
+def placement(mesh: Mesh, *, cuts_rows: bool = True) -> shards.Placement | None:
+    """Where the decoder's activations lie, which may cut rows of tokens; None on one device."""
     if mesh.size == 1:
         return None
-    columns = P("data", None, RULES["width"])
-    return shards.Placement(
-        rows(mesh), NamedSharding(mesh, P("data")), NamedSharding(mesh, columns)
-    )
+    where, columns = (tokens(mesh), COLUMNS) if cuts_rows else (whole_rows(mesh), COLUMNS[:1])
+    found, *way = (NamedSharding(mesh, spec) for spec in columns)
+    return shards.Placement(where, NamedSharding(mesh, P("data")), found, tuple(way))
 
 
 def held_rows(mesh: Mesh) -> Callable[[int], np.ndarray]:
@@ -180,17 +214,20 @@ def held_rows(mesh: Mesh) -> Callable[[int], np.ndarray]:
 
 
 def put_batch(batch: dict, mesh: Mesh):
-    """A host batch on the mesh, rows over the batch shards; `index` stays on the host.
+    """A host batch on the mesh, as `of_batch` says; `index` stays on the host.
 
     Of arrays of all rows, each process reads those that its devices hold.
     """
-    arrays = {name: value for name, value in batch.items() if name != "index"}
-    return jax.tree.map(lambda value: put_rows(np.asarray(value), mesh), arrays)
+
+    def one(value) -> jax.Array:
+        return put(np.asarray(value), of_batch(np.shape(value), mesh))
+
+    return jax.tree.map(one, {name: value for name, value in batch.items() if name != "index"})
 
 
-def put_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
-    """An array of all rows on the mesh."""
-    return jax.make_array_from_callback(array.shape, rows(mesh), lambda index: array[index])
+def put(array: np.ndarray, where: NamedSharding) -> jax.Array:
+    """An array of the host, the same in all processes, laid there."""
+    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
 
 @dataclasses.dataclass(frozen=True)

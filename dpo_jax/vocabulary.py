@@ -347,17 +347,16 @@ def rest(softmax: Softmax) -> jax.Array:
 
 def find_own(cut: Cut, hidden: jax.Array, weights: Weights, target: jax.Array) -> Own:
     """The scored tokens' columns of the matrix, and products with them."""
-    width, inputs = hidden.shape[-1], sharding.RULES["width"]
+    width = hidden.shape[-1]
     # Each shard of D looks up its own for all rows that its part of the mesh has, and then they
     # change places. By itself XLA makes those of all rows on every device.
-    rows = tuple(axis for axis in sharding.BATCH_AXES if axis != inputs)
-    target = sharding.constrain(target, cut.mesh, P(rows))
+    target = sharding.constrain(target, cut.mesh, P("data"))
     if cut.is_embedding:
         columns = jnp.take(weights.matrix.reshape(-1, width), target, axis=0)
     else:
         columns = jnp.moveaxis(jnp.take(weights.matrix.reshape(width, -1), target, axis=1), 0, -1)
-    columns = sharding.constrain(columns, cut.mesh, P(rows, None, inputs))
-    columns = sharding.constrain(columns, cut.mesh, P(sharding.BATCH_AXES))
+    for spec in (*sharding.COLUMNS, P(sharding.BATCH_AXES, sharding.TOKEN_AXIS)):
+        columns = sharding.constrain(columns, cut.mesh, spec)
     columns = columns.astype(hidden.dtype).astype(jnp.float32)  # [B, S, D]
     logit = jnp.sum(hidden.astype(jnp.float32) * columns, axis=-1)
     if weights.bias is not None:

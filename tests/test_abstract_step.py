@@ -23,7 +23,7 @@ ADAPTER = {"lora.rank": 2, "lora.dropout": 0.1, "model.frozen": "int8"}
         pytest.param({"reference.cached": True, "model.remat": "full"}, marks=pytest.mark.slow),
         pytest.param({"reference.update_every": 2, "microbatches": 2}, marks=pytest.mark.slow),
         pytest.param({"optimizer.moments_dtype": "bfloat16"}, marks=pytest.mark.slow),
-        {**ADAPTER, "mesh.fsdp": 4, "mesh.tensor": 2},
+        {**ADAPTER, "mesh.fsdp": 2, "mesh.sequence": 2, "mesh.tensor": 2},
         pytest.param({"lora.rank": 2, "reference.source": "base"}, marks=pytest.mark.slow),
         pytest.param(
             {"loss": config.Loss(losses.bco, beta=0.1), "data.examples": "unpaired"},

@@ -1,5 +1,6 @@
 """Attention in blocks against attention at once, in value and gradient."""
 
+import collections
 import functools
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import config, initial, sharding
-from dpo_jax.hlo import costs, text
+from dpo_jax.hlo import collectives, costs, text
 from dpo_jax.model import attention, blocks, decoder
 from dpo_jax.model.attention import Ids
 from tests import test_lora, tiny
@@ -144,7 +145,7 @@ def test_large_logits_do_not_overflow(ids, monkeypatch):
 def test_no_pair_is_left_out_and_few_are_computed_in_vain(ids, window):
     size, (batch, length) = 16, ids.example.shape
     assert length % size == 0
-    cut = Ids(*(jnp.asarray(array).reshape(-1, size) for array in ids))
+    cut = blocks.cut_ids(ids, size)
     found = np.asarray(blocks.find_needed(cut, cut, batch, window))
     seen = np.asarray(attention.visible(ids, ids, window))
     count = length // size
@@ -152,6 +153,11 @@ def test_no_pair_is_left_out_and_few_are_computed_in_vain(ids, window):
     assert not (needed & (found == 0)).any()
     assert needed.sum() < 0.5 * needed.size
     assert found.sum() < 1.1 * needed.sum()
+    # of the queries of a shard of each row too, wherever its tokens stand
+    for taken in (np.arange(128, 256), np.r_[32:64, 192:224]):
+        part = blocks.cut_ids(Ids(*(array[:, taken] for array in ids)), size)
+        listed = np.asarray(blocks.find_needed(part, cut, batch, window))
+        np.testing.assert_array_equal(listed, found[:, taken[::size] // size])
     pairs = blocks.list_pairs(cut, cut, batch, window)
     np.testing.assert_array_equal(pairs.count, found.sum(axis=-1).reshape(-1))
 
@@ -173,6 +179,44 @@ def test_each_device_computes_its_own_rows_and_heads(ids, monkeypatch):
     text = run.lower(*placed[:3], jax.device_put(ids, rows)).compile().as_text()
     assert text is not None
     assert not any(f" {kind}(" in text for kind in ("all-gather", "all-to-all"))
+
+
+@pytest.mark.parametrize(
+    ("attend", "choices"),
+    [
+        pytest.param(blocks.attend, {}, marks=pytest.mark.slow),
+        (blocks.attend, {"window": 20, "cap": 2.0}),
+        (blocks.attend_at_once, {"window": 20, "cap": 2.0}),
+    ],
+    ids=["blocks", "blocks, window and cap", "at once"],
+)
+def test_each_device_computes_its_own_queries_and_keys_are_collected(
+    ids, monkeypatch, attend, choices
+):
+    monkeypatch.setattr(blocks, "BLOCK", 32)
+    mesh = sharding.make_mesh(config.Mesh(fsdp=2, sequence=2, tensor=2), jax.devices())
+    rows, arrays = sharding.tokens(mesh), draw(ids)
+    heads = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*rows.spec, "tensor"))
+    placed = tuple(jax.device_put(array, heads) for array in arrays)
+    own = functools.partial(attend, rows=rows)
+    found = both(own, placed, ids, **choices)
+    assert_close(found, both(attention.attend, arrays, ids, **choices))
+
+    def run(query, key, value, ids):
+        return jnp.sum(own(query, key, value, ids, ids, scale=SCALE, **choices))
+
+    gradient = jax.jit(jax.grad(run, argnums=(0, 1, 2)))
+    lowered = gradient.lower(*placed[:3], jax.device_put(ids, sharding.rows(mesh)))
+    program = text.parse(str(lowered.compile().as_text()))
+    # of 4 rows, 256 tokens and one head of keys: keys and values, and their gradients
+    each = 4 * 4 * 256 * 8
+    sent = collections.Counter(
+        (one.kind, one.axes, one.bytes) for one in collectives.collectives(program, mesh.shape)
+    )
+    assert sent == {
+        ("all-gather", ("sequence",), each): 2,
+        ("reduce-scatter", ("sequence",), each): 2,
+    }
 
 
 def test_rows_that_do_not_divide_are_computed_too(ids, monkeypatch):
@@ -227,6 +271,9 @@ def test_a_run_computes_in_blocks_on_cpu_unless_it_says_otherwise():
         return initial.make_decoder(tiny.DECODER, config.Model(attention=attention), mesh)
 
     assert make("plain").attend is attention.attend
+    cut = sharding.make_mesh(config.Mesh(fsdp=1, sequence=2), jax.devices()[:2])
+    plain: Any = initial.make_decoder(tiny.DECODER, config.Model(attention="plain"), cut).attend
+    assert plain.func is blocks.attend_at_once
     for choice in (None, "blocks"):
         chosen: Any = make(choice).attend
         assert chosen.func is blocks.attend

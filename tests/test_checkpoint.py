@@ -21,7 +21,7 @@ def one_device() -> Mesh:
 
 
 def eight_devices() -> Mesh:
-    return sharding.make_mesh(config.Mesh(data=2, fsdp=2, tensor=2), jax.devices())
+    return sharding.make_mesh(config.Mesh(fsdp=2, sequence=2, tensor=2), jax.devices())
 
 
 def items_on(mesh: Mesh, params: dict) -> dict:
@@ -76,7 +76,7 @@ def test_parameters_load_alone(saved):
     step, params = checkpoint.load_params(folder, shapes)
     assert step == 7
     assert_bits_equal(params, items["params"])
-    assert params["embedding"].sharding.spec == P("tensor", "fsdp")
+    assert params["embedding"].sharding.spec == P("tensor", ("fsdp", "sequence"))
 
 
 def test_a_model_of_another_shape_is_refused_with_what_does_not_fit(saved):

@@ -228,7 +228,7 @@ def test_other_stop_tokens_as_many_compile_nothing():
 
 
 def test_rows_over_a_mesh_give_the_same_tokens():
-    mesh = sharding.make_mesh(config.Mesh(data=2, fsdp=2, tensor=2), jax.devices()[:8])
+    mesh = sharding.make_mesh(config.Mesh(fsdp=2, sequence=2, tensor=2), jax.devices()[:8])
     params = draw_params(SMALL)
     placed = jax.device_put(params, sharding.parameters(params, mesh))
     sampled = generate.complete(

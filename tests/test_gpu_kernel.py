@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax import config, sharding
 from dpo_jax.model import attention, gpu_kernel
 from dpo_jax.model.attention import Ids
 from tests import test_blocks, test_tpu_kernel
@@ -35,6 +36,14 @@ def test_kernels_give_what_all_pairs_at_once_give(ids, heads, key_heads, choices
     test_blocks.assert_close(found, test_blocks.both(attention.attend, arrays, ids, **choices))
     for array in found:
         np.testing.assert_array_equal(array[ids.example == 0], 0)
+
+
+def test_kernels_compute_the_queries_of_a_shard_of_each_row(ids):
+    mesh = sharding.make_mesh(config.Mesh(fsdp=1, sequence=2), jax.devices()[:2])
+    arrays, choices = test_blocks.draw(ids, 2, 1), {"window": 30, "cap": 0.7}
+    attend = functools.partial(interpreted, rows=sharding.tokens(mesh))
+    found = test_blocks.both(attend, arrays, ids, **choices)
+    test_blocks.assert_close(found, test_blocks.both(attention.attend, arrays, ids, **choices))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -115,9 +115,8 @@ def compute(draw_examples, draw_params) -> Callable[[Way], dict[str, Result]]:
 
     @functools.cache
     def compute(way: Way) -> dict[str, Result]:
-        devices = jax.devices()[: way.mesh.data * (way.mesh.fsdp or 1) * way.mesh.tensor]
-        mesh = sharding.make_mesh(way.mesh, devices)
-        batch = make_batch(data, sharding.batch_shards(mesh) * way.microbatches, way.packed)
+        mesh = make_mesh(way)
+        batch = make_batch(data, mesh, way)
         if way.cached:
             batch = reference.with_table(batch, load_table())
         model = initial.make_decoder(MODEL.config, config.Model(source="tiny"), mesh)
@@ -146,14 +145,21 @@ def only(loss: str) -> dict[str, jax.Array]:
     return {name: jnp.float32(name == loss) for name in LOSSES}
 
 
-def make_batch(data, parts: int, packed: bool) -> dict:
-    plan = pack.plan(data, EXAMPLES, parts, seed=0, scores_prompt=True)
-    if not packed:
+def make_mesh(way: Way) -> jax.sharding.Mesh:
+    axes = way.mesh
+    count = axes.data * (axes.fsdp or 1) * axes.sequence * axes.tensor
+    return sharding.make_mesh(axes, jax.devices()[:count])
+
+
+def make_batch(data, mesh: jax.sharding.Mesh, way: Way) -> dict:
+    parts, over = sharding.batch_shards(mesh) * way.microbatches, sharding.row_shards(mesh)
+    plan = pack.plan(data, EXAMPLES, parts, seed=0, scores_prompt=True, row_shards=over)
+    if not way.packed:
         shape = plan.ladder[-1]._replace(rows=EXAMPLES, examples=1)
         plan = dataclasses.replace(plan, ladder=(shape,))
     batch = pack.batch(data, plan, 0)
     assert batch["weight"].sum() == EXAMPLES
-    assert (batch["example"].max() > 1) == packed
+    assert (batch["example"].max() > 1) == way.packed
     return batch
 
 
@@ -175,6 +181,12 @@ WAYS = {
     "fsdp 8": Way(config.Mesh(fsdp=8)),
     "fsdp 4, tensor 2": Way(config.Mesh(fsdp=4, tensor=2)),
     "data 2, fsdp 2, tensor 2": Way(config.Mesh(data=2, fsdp=2, tensor=2)),
+    "sequence 8": Way(config.Mesh(fsdp=1, sequence=8)),
+    "sequence 4, data 2": Way(config.Mesh(data=2, fsdp=1, sequence=4)),
+    "sequence 4, fsdp 2": Way(config.Mesh(fsdp=2, sequence=4)),
+    "sequence 4, tensor 2": Way(config.Mesh(fsdp=1, sequence=4, tensor=2)),
+    "data 2, fsdp 2, sequence 2": Way(config.Mesh(data=2, fsdp=2, sequence=2)),
+    "fsdp 2, sequence 2, tensor 2": Way(config.Mesh(fsdp=2, sequence=2, tensor=2)),
     "2 microbatches": Way(microbatches=2, accumulate=train_step.make_microbatched(2)),
     "4 microbatches": Way(microbatches=4, accumulate=train_step.make_microbatched(4)),
     "2 microbatches in two passes": Way(microbatches=2, accumulate=train_step.make_two_pass(2)),
@@ -191,7 +203,12 @@ def of_each_microbatch(way: Way) -> bool:
 
 
 # one mesh with all axes, and one way of each other kind, run every time
-FAST = ("data 2, fsdp 2, tensor 2", "2 microbatches", "4 microbatches in two passes")
+FAST = (
+    "data 2, fsdp 2, tensor 2",
+    "fsdp 2, sequence 2, tensor 2",
+    "2 microbatches",
+    "4 microbatches in two passes",
+)
 FAST += ("one example a row", "cached reference")
 
 
@@ -232,9 +249,8 @@ def test_a_loss_without_statistics_has_the_same_gradient_from_stripes_of_the_voc
 
     def compute(way: Way, stripe: int) -> Result:
         monkeypatch.setattr(vocabulary, "STRIPE", stripe)
-        devices = jax.devices()[: way.mesh.data * (way.mesh.fsdp or 1) * way.mesh.tensor]
-        mesh = sharding.make_mesh(way.mesh, devices)
-        batch = make_batch(data, sharding.batch_shards(mesh) * way.microbatches, packed=True)
+        mesh = make_mesh(way)
+        batch = make_batch(data, mesh, way)
         live = functools.partial(reference.live, score)
         scoring = train_step.Scoring(score, live, contract.with_state(losses.dpo))
         placed, other = (sharding.place(params, mesh) for params in (policy, anchor))

@@ -10,6 +10,8 @@ import pytest
 from dpo_jax import config
 from dpo_jax.data import ladder, pack, rows, steps, tokenise, tokenizer
 
+ONE = ladder.Multiples(1)
+
 
 def settings(shared: Path, name: str, max_length: int, **changes) -> config.Data:
     return config.Data(
@@ -146,7 +148,7 @@ def test_one_by_one_is_not_where_picking_ends():
 
 def test_more_shapes_never_cost_more_and_every_sampled_step_fits_one():
     sampled = draw(60, 32)
-    found = ladder.climb(sampled, 2, rows.Most(199, 198))
+    found = ladder.climb(sampled, ladder.Multiples(2), rows.Most(199, 198))
     assert all(shape.rows % 2 == 0 for shape in found.shapes)
     for step in map(rows.Sizes, *sampled):
         assert any(rows.assign(step, shape) for shape in found.shapes)
@@ -157,7 +159,7 @@ def test_more_shapes_never_cost_more_and_every_sampled_step_fits_one():
 def test_a_shape_is_taken_where_the_run_is_long_enough_to_be_worth_compiling_it():
     sampled, longest = draw(60, 8), rows.Most(199, 198)
     layouts = {
-        number: ladder.climb(sampled, 1, longest, number) for number in (1, 20, 100, 1000, 10**6)
+        number: ladder.climb(sampled, ONE, longest, number) for number in (1, 20, 100, 1000, 10**6)
     }
     counts = [len(found.shapes) for found in layouts.values()]
     assert counts == sorted(counts) and counts[:2] == [1, 1] and counts[-1] == 4
@@ -172,13 +174,13 @@ def test_a_shape_is_taken_where_the_run_is_long_enough_to_be_worth_compiling_it(
 
 
 def test_the_largest_shape_has_room_for_the_longest_example_though_no_step_has_it():
-    found = ladder.climb(draw(20, 4), 4, rows.Most(901, 455))
+    found = ladder.climb(draw(20, 4), ladder.Multiples(4), rows.Most(901, 455))
     largest = found.shapes[-1]
     assert (largest.tokens, largest.scored) == (928, 464)
 
 
 def test_steps_larger_than_those_sampled_widen_the_largest_shape_alone():
-    found = ladder.climb(draw(20, 32), 1, rows.Most(199, 198))
+    found = ladder.climb(draw(20, 32), ONE, rows.Most(199, 198))
     for longer in ("tokens", "scored"):
         step = rows.Sizes(np.full(32, 150), np.full(32, 70))
         shape = found.shapes[-1]
@@ -186,9 +188,9 @@ def test_steps_larger_than_those_sampled_widen_the_largest_shape_alone():
         step = step._replace(**{longer: np.full(32, room)})
         step = step._replace(tokens=np.maximum(step.tokens, step.scored + 1))
         assert not any(rows.assign(step, one) for one in found.shapes)
-        wider = ladder.widen(found, [step])
+        wider = ladder.widen(found, [step], ONE)
         assert rows.assign(step, wider.shapes[-1]) and wider.shapes[:-1] == found.shapes[:-1]
-    assert ladder.widen(found, []) == found
+    assert ladder.widen(found, [], ONE) == found
 
 
 def test_a_step_ends_where_its_rows_are_full():
@@ -197,7 +199,7 @@ def test_a_step_ends_where_its_rows_are_full():
     def cut(limit: int) -> rows.Sizes:
         return steps.sizes(all_sizes, steps.by_tokens(all_sizes.tokens, limit, 0, 40), 0)
 
-    found, limit = ladder.climb_within(cut, 8192, 4, rows.Most(199, 198))
+    found, limit = ladder.climb_within(cut, 8192, ladder.Multiples(4), rows.Most(199, 198))
     assert 0.95 * 8192 < limit <= 8192
     assert all(shape.rows % 4 == 0 and shape.rows * shape.tokens <= 8192 for shape in found.shapes)
     assert found.curve[-1].tokens > 0.95

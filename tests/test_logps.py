@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import logps
+from dpo_jax import config, logps, sharding
 from dpo_jax.data import pack
+from dpo_jax.hlo import collectives, costs, text
 from dpo_jax.model import decoder, presets
 from dpo_jax.model.attention import Ids
 
@@ -114,6 +115,35 @@ def test_of_bfloat16_hidden_states_the_logits_are_float32():
     assert found.dtype == jnp.float32
     # the inputs are rounded to bfloat16 in both, and nothing after them
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_chunks_of_rows_on_several_devices_take_tokens_of_each(monkeypatch):
+    hidden, head, target = random_scored()
+    hidden, target = (jnp.concatenate([jnp.asarray(one)] * 2, axis=0) for one in (hidden, target))
+    rows, scored, width = hidden.shape
+    # 3 tokens a device, one in a chunk
+    monkeypatch.setattr(logps, "CHUNK_ELEMENTS", rows * 4 * head.shape[1])
+    mesh = sharding.make_mesh(config.Mesh(fsdp=2, sequence=4), jax.devices())
+    places = jnp.zeros_like(target), jnp.ones_like(target)
+    statistics = {"largest": lambda tokens: jnp.max(tokens.logits, axis=-1)}
+
+    def run(hidden, target, places):
+        made = decoder.Head(jnp.asarray(head))
+        return logps.token_values(hidden, made, target, places, statistics, shards=4)
+
+    where = sharding.tokens(mesh)
+    placed = jax.device_put((hidden, target, places), where)
+    compiled = jax.jit(run, out_shardings=where).lower(*placed).compile()
+    found = compiled(*placed)
+    expected = oracle(hidden, head, target, np.ones(target.shape))[0]
+    np.testing.assert_allclose(found[logps.TOTAL], expected, rtol=1e-5)
+    logits = np.asarray(hidden) @ np.asarray(head)
+    np.testing.assert_allclose(found["largest"], logits.max(axis=-1), rtol=1e-5)
+    program = text.parse(str(compiled.as_text()))
+    assert collectives.collectives(program) == []
+    # no device has logits of another's tokens, nor of more than a chunk's
+    largest = costs.largest_arrays(program, 1)[0].bytes
+    assert largest < 4 * (rows // 2) * (scored // 4) * head.shape[1]
 
 
 @pytest.mark.parametrize("scored", [1, 7, 12, 96, 100])

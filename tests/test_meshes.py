@@ -7,14 +7,24 @@ Dimensions: B rows, L tokens, S scored tokens, D width.
 
 import collections
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from dpo_jax import config, contract, initial, logps, losses, reference, sharding, train_step
+from dpo_jax import (
+    config,
+    contract,
+    initial,
+    logps,
+    losses,
+    reference,
+    sharding,
+    train_step,
+    vocabulary,
+)
 from dpo_jax.hlo import collectives, costs, text
 from dpo_jax.model import attention, decoder, shards
 from dpo_jax.model.config import DecoderConfig
@@ -113,9 +123,10 @@ def compile_step(mesh: Any, dtype: Any = "float32") -> text.Program:
 
     live = functools.partial(reference.live, score)
     scoring = train_step.Scoring(score, live, contract.with_state(losses.dpo))
-    rows, everywhere = sharding.rows(mesh), sharding.replicated(mesh)
+    everywhere = sharding.replicated(mesh)
 
-    def shape(*dims: int, dtype: Any = jnp.int32, where: Any = rows) -> Any:
+    def shape(*dims: int, dtype: Any = jnp.int32, where: Any = None) -> Any:
+        where = where or sharding.of_batch(dims, mesh)
         return jax.ShapeDtypeStruct(dims, dtype, sharding=where)
 
     batch: dict[str, Any] = {
@@ -136,51 +147,87 @@ def compile_step(mesh: Any, dtype: Any = "float32") -> text.Program:
 
 
 def offences(found: text.Program, mesh: Any, dtype: str) -> list[str]:
-    """What a step does on a mesh that is neither FSDP nor tensor parallelism, a line each."""
-    sizes, item = mesh.shape, jnp.dtype(dtype).itemsize
-    data, fsdp, tensor = (sizes[name] for name in ("data", "fsdp", "tensor"))
+    """What a step does on a mesh that is neither FSDP, nor sequence nor tensor parallelism, a line
+    each.
+    """
+    sizes = mesh.shape
     # of hidden states on a device; a look-up has as much, of more rows and fewer columns
-    share = ROWS * LENGTH * SHAPE.width * 4 // (data * fsdp)
+    share = ROWS * LENGTH * SHAPE.width * 4 // (mesh.size // sizes["tensor"])
+    whole = {ROWS, ROWS * LENGTH, ROWS * SCORED}
     wrong = [
         f"{made.opcode} {made.array} of {made.op_name or made.name} has rows of other devices"
         for made in costs.largest_arrays(found, 10**6)
-        if {ROWS, ROWS * LENGTH, ROWS * SCORED} & {*made.array.dims} and made.bytes > share
+        if whole & {*made.array.dims} and made.bytes > share
+    ]
+    wide = {SHAPE.width, SHAPE.hidden // sizes["tensor"]}
+    rows = ROWS // sharding.batch_shards(mesh)
+    wrong += [
+        f"{made.opcode} {made.array} of {made.op_name or made.name} has tokens of other devices"
+        for made in costs.largest_arrays(found, 10**6)
+        if sizes["sequence"] > 1
+        and {LENGTH, rows * LENGTH} & {*made.array.dims}
+        and wide & {*made.array.dims}
     ]
     moved: collections.defaultdict[tuple, float] = collections.defaultdict(float)
     for one in collectives.collectives(found, sizes):
         sums = one.kind in ("all-reduce", "reduce-scatter") and one.axes != ("tensor",)
         moved["sums" if sums else one.kind, () if sums else one.axes] += one.bytes * one.times
-    matrices = sum(leaf.size for leaf in jax.tree.leaves(decoder.shapes(SHAPE))) // tensor
-    of_look_up = ROWS * LENGTH * SHAPE.width // (data * fsdp)
-    allowed = {
-        # gradients over fsdp, and a device's part of them over data
-        ("sums", ()): 4 * matrices * (1 + (data > 1) / fsdp),
-        # parameters to the policy, to its gradient and to the reference
-        ("all-gather", ("fsdp",)): 3 * item * matrices,
-        ("all-reduce", ("tensor",)): float("inf"),
-        # what is found of tokens for the policy, its gradient and the reference, and of the head's
-        # columns of scored tokens for the policy and the reference
-        ("all-to-all", ("fsdp",)): item * of_look_up * (3 * LENGTH + 2 * SCORED) / LENGTH,
-    }
+    allowed = allowances(sizes, jnp.dtype(dtype).itemsize)
     for (kind, axes), count in moved.items():
         if count > allowed.get((kind, axes), 0) * 1.01:
             wrong.append(f"{kind} over {axes}: {count} bytes, not {allowed.get((kind, axes), 0)}")
     return wrong
 
 
+def allowances(sizes: Mapping[str, int], item: int) -> dict[tuple[str, tuple[str, ...]], float]:
+    """Bytes that a step may send, by kind and axes, of numbers of so many bytes."""
+    data, fsdp, sequence, tensor = sizes.values()
+    matrices = sum(leaf.size for leaf in jax.tree.leaves(decoder.shapes(SHAPE))) // tensor
+    rows = ROWS // (data * fsdp)
+    keys = 2 * SHAPE.layers * rows * LENGTH * SHAPE.key_value_heads * SHAPE.head_dim // tensor
+    scored = rows * SCORED * SHAPE.width
+    # what is found of tokens for the policy, its gradient and the reference, and of the head's
+    # columns of scored tokens for the policy and the reference
+    looked_up = item * rows * SHAPE.width * (3 * LENGTH + 2 * SCORED) / sequence
+    shards = tuple(name for name in ("fsdp", "sequence") if sizes[name] > 1)
+    allowed: collections.defaultdict[tuple, float] = collections.defaultdict(float)
+    # gradients over their shards, and a device's part of them over data
+    allowed["sums", ()] = 4 * matrices * (1 + (data > 1) / (fsdp * sequence))
+    # parameters to the policy, to its gradient and to the reference
+    allowed["all-gather", shards] = 3 * item * matrices
+    allowed["all-reduce", ("tensor",)] = float("inf")
+    for name in shards:
+        allowed["all-to-all", (name,)] = looked_up
+    if sequence > 1:
+        # keys and values to the policy and the reference, and what they get back; scored tokens of
+        # the policy and the reference, and what they get back
+        allowed["sums", ()] += item * (keys + 2 * scored)
+        allowed["all-gather", ("sequence",)] += item * (2 * keys + scored)
+        # ids and sources; tokens and targets
+        allowed["all-gather", ("sequence",)] += 4 * rows * (3 * LENGTH + SCORED)
+        allowed["all-gather", ("fsdp",)] += 4 * rows * fsdp * (LENGTH + SCORED) * (fsdp > 1)
+    return allowed
+
+
 MESHES = [
     config.Mesh(fsdp=8),
     config.Mesh(2, 2, 2),
+    config.Mesh(fsdp=2, sequence=2, tensor=2),
+    pytest.param(config.Mesh(2, 2, sequence=2), marks=pytest.mark.slow),
+    pytest.param(config.Mesh(fsdp=2, sequence=4), marks=pytest.mark.slow),
     pytest.param(config.Mesh(8, 1, 1), marks=pytest.mark.slow),
     pytest.param(config.Mesh(1, 4, 2), marks=pytest.mark.slow),
 ]
 
 
 @functools.cache
-def largest_alone(device: Any, dtype: str) -> int:
-    """Bytes of the largest array of a step on one device."""
-    alone = compile_step(sharding.make_mesh(config.Mesh(), [device]), dtype)
-    return costs.largest_arrays(alone, 1)[0].bytes
+def step_alone(device: Any, dtype: str) -> tuple[int, float]:
+    """Bytes of the largest array of a step on one device, and its FLOPs."""
+    with pytest.MonkeyPatch.context() as patch:
+        # all scored tokens at once, as on several devices
+        patch.setattr(vocabulary, "BLOCK", ROWS * SCORED)
+        alone = compile_step(sharding.make_mesh(config.Mesh(), [device]), dtype)
+    return costs.largest_arrays(alone, 1)[0].bytes, costs.flops(alone)
 
 
 def check_step(axes: config.Mesh, devices: Sequence[Any], dtype: str) -> None:
@@ -188,8 +235,12 @@ def check_step(axes: config.Mesh, devices: Sequence[Any], dtype: str) -> None:
     found = compile_step(mesh, dtype)
     wrong = offences(found, mesh, dtype)
     assert not wrong, "\n".join(wrong)
-    # the largest are of attention, whose heads are shared out over tensor
-    assert 8 * costs.largest_arrays(found, 1)[0].bytes <= largest_alone(devices[0], dtype)
+    largest, flops = step_alone(devices[0], dtype)
+    # the largest are of attention, whose heads are shared out over tensor, and queries over
+    # sequence
+    assert 8 * costs.largest_arrays(found, 1)[0].bytes <= largest
+    # and so are scored tokens: nothing is computed twice
+    assert costs.flops(found) * found.devices == pytest.approx(flops, rel=0.01)
 
 
 @pytest.mark.parametrize("axes", MESHES)
@@ -198,7 +249,9 @@ def test_devices_hold_their_own_rows_and_parameters_move_to_them(axes):
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize("axes", [config.Mesh(fsdp=8), config.Mesh(2, 2, 2)])
+@pytest.mark.parametrize(
+    "axes", [config.Mesh(fsdp=8), config.Mesh(2, 2, 2), config.Mesh(fsdp=2, sequence=2, tensor=2)]
+)
 def test_tpus_hold_their_own_rows_and_parameters_move_to_them(tpus, axes):
     check_step(axes, tpus, "bfloat16")
 

@@ -93,6 +93,24 @@ def test_every_epoch_has_an_order_of_its_own_with_every_example_once():
     assert len({tuple(order) for order in orders}) == 4
 
 
+@pytest.mark.parametrize("row_shards", [2, 3, 8])
+def test_tokens_and_scored_tokens_divide_over_the_shards_of_a_row(draw_examples, row_shards):
+    data = draw_examples(100, tokens=(1, 40))
+    plans = [
+        pack.plan(data, 24, 2, seed=0, row_shards=row_shards),
+        pack.plan_by_tokens(data, 4096, 2, 0, 10, row_shards=row_shards),
+        pack.plan_within(70, 33, 24, 2, row_shards),
+    ]
+    for plan in plans:
+        assert plan.row_shards == row_shards
+        for shape in plan.ladder:
+            assert shape.tokens % (8 * row_shards) == shape.scored % (8 * row_shards) == 0
+            assert shape.tokens % 32 == shape.scored % 16 == 0
+    assert all(shape.rows * shape.tokens <= 4096 for shape in plans[1].ladder)
+    with pytest.raises(ValueError, match=r"2 rows .* of a multiple of 256 tokens take 512: raise"):
+        pack.plan_by_tokens(data, 500, 2, 0, 10, row_shards=32)
+
+
 @pytest.mark.parametrize("parts", [1, 2, 3, 8])
 def test_the_rows_of_every_batch_are_a_multiple_of_the_parts(draw_examples, parts):
     data = draw_examples(100, tokens=(1, 40))

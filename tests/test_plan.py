@@ -114,7 +114,7 @@ def test_parameters_are_gathered_over_fsdp(planned):
 
 def test_a_plan_is_text_and_json(planned):
     text = plan_text.describe(planned)
-    assert "mesh data 1 x fsdp 8 x tensor 1, 8 devices" in text
+    assert "mesh data 1 x fsdp 8 x sequence 1 x tensor 1, 8 devices" in text
     assert "It fits: " in text
     assert "not measured" in text
     assert json.loads(json.dumps(planned))["chips"] == 1
@@ -203,11 +203,15 @@ def test_the_script_plans_for_the_cpu(tmp_path):
 
 
 def test_meshes_have_all_devices_and_divide_the_heads():
-    found = list(plan_search.meshes(8, presets.PRESETS["llama-3.1-8b"]))
+    found = list(plan_search.meshes(8, presets.PRESETS["llama-3.1-8b"], 2000))
     assert len(found) == len(set(found)) == 10
     assert all(mesh.data * (mesh.fsdp or 1) * mesh.tensor == 8 for mesh in found)
+    long = list(plan_search.meshes(8, presets.PRESETS["llama-3.1-8b"], 4096))
+    assert len(long) == len(set(long)) == 10 + 6 + 3
+    assert {mesh.sequence for mesh in long} == {1, 2, 4}
+    assert all(mesh.data * (mesh.fsdp or 1) * mesh.sequence * mesh.tensor == 8 for mesh in long)
     narrow = dataclasses.replace(presets.PRESETS["llama-3.1-8b"], key_value_heads=2)
-    assert {mesh.tensor for mesh in plan_search.meshes(8, narrow)} == {1, 2}
+    assert {mesh.tensor for mesh in plan_search.meshes(8, narrow, 100)} == {1, 2}
 
 
 def test_a_search_tries_what_seems_to_fit_and_the_fastest_of_it(cpus, tmp_path):
@@ -355,5 +359,5 @@ def test_the_padded_layout_is_planned_as_it_is_timed(cpus, tmp_path):
 def test_a_mesh_may_split_an_axis_of_the_torus(libtpu):
     devices = targets.find("v5p:4x4x4").devices
     mesh = sharding.make_mesh(config.Mesh(data=2, fsdp=32), devices)
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 32, "tensor": 1}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 32, "sequence": 1, "tensor": 1}
     assert len({device.id for device in mesh.devices.flat}) == 64

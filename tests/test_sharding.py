@@ -17,6 +17,7 @@ from dpo_jax.model.presets import PRESETS
 from tests import tiny
 
 TINY = PRESETS["tiny"]
+WIDTH = ("fsdp", "sequence")
 
 
 @pytest.fixture(scope="module")
@@ -29,22 +30,25 @@ def shapes() -> dict:
     return decoder.shapes(TINY)
 
 
-def mesh_shape(axes: config.Mesh, devices: int) -> dict[str, int]:
-    return dict(sharding.make_mesh(axes, jax.devices()[:devices]).shape)
-
-
 def test_fsdp_takes_the_devices_that_the_other_axes_leave():
-    assert mesh_shape(config.Mesh(), 8) == {"data": 1, "fsdp": 8, "tensor": 1}
-    assert mesh_shape(config.Mesh(data=2, tensor=2), 8) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert mesh_shape(config.Mesh(fsdp=1), 1) == {"data": 1, "fsdp": 1, "tensor": 1}
+    def sizes(axes: config.Mesh, devices: int) -> tuple[int, ...]:
+        found = sharding.make_mesh(axes, jax.devices()[:devices]).shape
+        assert tuple(found) == ("data", "fsdp", "sequence", "tensor")
+        return tuple(found.values())
+
+    assert sizes(config.Mesh(), 8) == (1, 8, 1, 1)
+    assert sizes(config.Mesh(data=2, tensor=2), 8) == (2, 2, 1, 2)
+    assert sizes(config.Mesh(sequence=4, tensor=2), 8) == (1, 1, 4, 2)
+    assert sizes(config.Mesh(sequence=2), 8) == (1, 4, 2, 1)
+    assert sizes(config.Mesh(fsdp=1), 1) == (1, 1, 1, 1)
 
 
 @pytest.mark.parametrize(
     ("axes", "product"),
     [
-        (config.Mesh(data=2, fsdp=2, tensor=1), "mesh.data 2 x mesh.fsdp 2 x mesh.tensor 1 = 4"),
-        (config.Mesh(data=3), "mesh.data 3 x mesh.fsdp 2 x mesh.tensor 1 = 6"),
-        (config.Mesh(data=16), "mesh.data 16 x mesh.fsdp 0 x mesh.tensor 1 = 0"),
+        (config.Mesh(data=2, fsdp=2), "data 2 x mesh.fsdp 2 x mesh.sequence 1 x mesh.tensor 1 = 4"),
+        (config.Mesh(sequence=3), "data 1 x mesh.fsdp 2 x mesh.sequence 3 x mesh.tensor 1 = 6"),
+        (config.Mesh(data=16), "data 16 x mesh.fsdp 0 x mesh.sequence 1 x mesh.tensor 1 = 0"),
     ],
 )
 def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_the_cure(axes, product):
@@ -59,10 +63,24 @@ def test_rows_lie_over_data_and_fsdp(mesh):
     assert sharding.rows(mesh).spec == P(("data", "fsdp"))
 
 
+def test_tokens_of_a_row_lie_over_sequence_and_rows_that_it_does_not_divide_are_refused():
+    mesh = sharding.make_mesh(config.Mesh(fsdp=2, sequence=4), jax.devices())
+    assert (sharding.batch_shards(mesh), sharding.row_shards(mesh)) == (2, 4)
+    assert sharding.of_batch((6, 8), mesh).spec == P(("data", "fsdp"), "sequence")
+    assert sharding.of_batch((6,), mesh).spec == P(("data", "fsdp"))
+    batch = {"tokens": np.arange(48, dtype=np.int32).reshape(6, 8), "weight": np.ones(12)}
+    placed = sharding.put_batch(batch, mesh)
+    np.testing.assert_array_equal(placed["tokens"], batch["tokens"])
+    assert {shard.data.shape for shard in placed["tokens"].addressable_shards} == {(3, 2)}
+    assert {shard.data.shape for shard in placed["weight"].addressable_shards} == {(6,)}
+    with pytest.raises(ValueError, match="rows of 9 tokens do not divide over 4 shards"):
+        sharding.put_batch({"tokens": np.zeros((6, 9))}, mesh)
+
+
 @pytest.mark.parametrize(
     ("batch_size", "microbatches", "suggestion"),
     [
-        (18, 1, "= 4 parts: take 16 or 20, or more tensor shards"),
+        (18, 1, "= 4 parts: take 16 or 20, or more sequence or tensor shards"),
         (12, 2, "= 8 parts: take 8 or 16,"),
         (2, 1, "= 4 parts: take 4,"),
     ],
@@ -81,14 +99,14 @@ def test_a_batch_that_does_not_divide_is_refused_with_sizes_that_do(
 def test_parameters_lie_by_the_rules(mesh, shapes):
     specs = jax.tree.map(lambda placed: placed.spec, sharding.parameters(shapes, mesh))
     attention = specs["layers"]["attention"]
-    assert specs["embedding"] == P("tensor", "fsdp")
-    assert attention["query"]["kernel"] == P(None, "fsdp", "tensor", None)
-    assert attention["key"]["kernel"] == P(None, "fsdp", "tensor", None)
-    assert attention["output"]["kernel"] == P(None, "tensor", None, "fsdp")
-    assert specs["layers"]["mlp"]["up"]["kernel"] == P(None, "fsdp", "tensor")
-    assert specs["layers"]["mlp"]["down"]["kernel"] == P(None, "tensor", "fsdp")
-    assert specs["layers"]["mlp_norm"]["scale"] == P(None, "fsdp")
-    assert specs["norm"]["scale"] == P("fsdp")
+    assert specs["embedding"] == P("tensor", WIDTH)
+    assert attention["query"]["kernel"] == P(None, WIDTH, "tensor", None)
+    assert attention["key"]["kernel"] == P(None, WIDTH, "tensor", None)
+    assert attention["output"]["kernel"] == P(None, "tensor", None, WIDTH)
+    assert specs["layers"]["mlp"]["up"]["kernel"] == P(None, WIDTH, "tensor")
+    assert specs["layers"]["mlp"]["down"]["kernel"] == P(None, "tensor", WIDTH)
+    assert specs["layers"]["mlp_norm"]["scale"] == P(None, WIDTH)
+    assert specs["norm"]["scale"] == P(WIDTH)
 
 
 def test_placed_parameters_keep_their_numbers_and_are_split(mesh, draw_params):
@@ -103,8 +121,23 @@ def test_an_axis_that_its_mesh_axis_does_not_divide_stays_whole(shapes):
     # two heads of keys over eight devices; 64 x 4 x 16 and 512 x 64 do divide
     mesh = sharding.make_mesh(config.Mesh(fsdp=1, tensor=8), jax.devices())
     attention = sharding.parameters(shapes, mesh)["layers"]["attention"]
-    assert attention["key"]["kernel"].spec == P(None, "fsdp", None, None)
-    assert sharding.parameters(shapes, mesh)["embedding"].spec == P("tensor", "fsdp")
+    assert attention["key"]["kernel"].spec == P(None, WIDTH, None, None)
+    assert sharding.parameters(shapes, mesh)["embedding"].spec == P("tensor", WIDTH)
+
+
+def test_parameters_lie_over_sequence_too_where_both_axes_divide_their_width():
+    mesh = sharding.make_mesh(config.Mesh(fsdp=2, sequence=4), jax.devices())
+
+    def shards(width: int) -> dict[str, tuple[int, ...]]:
+        shapes = decoder.shapes(dataclasses.replace(tiny.DECODER, width=width))
+        placed = sharding.parameters(shapes, mesh)
+        return {
+            name: placed[name].shard_shape(shapes[name].shape) for name in ("embedding", "head")
+        }
+
+    assert shards(24) == {"embedding": (40, 3), "head": (3, 40)}
+    # 20 over both is no whole number
+    assert shards(20) == {"embedding": (40, 10), "head": (10, 40)}
 
 
 def test_a_mesh_axis_used_twice_is_refused(mesh, shapes, monkeypatch):
@@ -181,7 +214,7 @@ def test_a_decoder_made_on_a_mesh_equals_the_one_made_on_one_device(mesh):
     found = initial.load("tiny", settings, 3, mesh)
     alone = jax.jit(decoder.init, static_argnums=0)(TINY, jax.random.key(3))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found.params), alone)
-    assert found.params["embedding"].sharding.spec == P("tensor", "fsdp")
+    assert found.params["embedding"].sharding.spec == P("tensor", WIDTH)
 
 
 @pytest.mark.slow

@@ -63,6 +63,14 @@ def test_kernels_give_what_all_pairs_at_once_give(
         np.testing.assert_array_equal(array[ids.example == 0], 0)
 
 
+def test_kernels_compute_the_queries_of_a_shard_of_each_row(ids):
+    mesh = sharding.make_mesh(config.Mesh(fsdp=1, sequence=2), jax.devices()[:2])
+    arrays, choices = test_blocks.draw(ids, 2, 1), {"window": 30, "cap": 0.7}
+    attend = functools.partial(interpreted, rows=sharding.tokens(mesh))
+    found = test_blocks.both(attend, arrays, ids, **choices)
+    test_blocks.assert_close(found, test_blocks.both(attention.attend, arrays, ids, **choices))
+
+
 def test_queries_and_keys_may_be_of_different_tokens_in_any_order(ids):
     order = np.random.default_rng(0).permutation(90)
     query, key, value, given = test_blocks.draw(ids)
@@ -164,6 +172,34 @@ def test_gradients_are_compiled_for_tpus(topology, name, head_dim, dtype, choice
     # logits of one row and head in float32 are larger
     held: Any = compiled.memory_analysis()
     assert held.temp_size_in_bytes < 2 * 8 * 2000**2 * 4
+
+
+@pytest.mark.tpu
+def test_the_queries_of_a_shard_of_each_row_are_compiled_for_tpus(topology):
+    mesh = sharding.make_mesh(config.Mesh(fsdp=1, sequence=2, tensor=2), topology("v5e:2x2"))
+    rows = sharding.tokens(mesh)
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*rows.spec, "tensor"))
+
+    def shape(heads: int) -> Any:
+        return jax.ShapeDtypeStruct((1, 4096, heads, 128), jnp.bfloat16, sharding=place)
+
+    integers: Any = jax.ShapeDtypeStruct((1, 4096), jnp.int32, sharding=sharding.rows(mesh))
+    attend: Any = initial.make_decoder(tiny.DECODER, config.Model(), mesh).attend
+
+    def loss(query, key, value, ids):
+        mixed = attend(query, key, value, ids, ids, scale=0.1)
+        return jnp.sum(jnp.square(mixed.astype(jnp.float32)))
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    ids = Ids(integers, integers, integers)
+    compiled = gradient.lower(shape(16), shape(4), shape(4), ids).compile()
+    program = text.parse(str(compiled.as_text()))
+    assert costs.uncounted(program) == []
+    # 512 pairs of 16 blocks of queries and 32 of keys, taken for (512 + 16) / 2 by query and
+    # (512 + 32) / 2 by key; five and four products
+    assert costs.flops(program) == (5 * 264 + 4 * 272) * 2 * 8 * 128**2 * 128
+    sent = {(one.kind, one.axes) for one in collectives.collectives(program, mesh.shape)}
+    assert sent == {("all-gather", ("sequence",)), ("reduce-scatter", ("sequence",))}
 
 
 def test_a_kernel_is_chosen_where_there_is_one():

@@ -232,10 +232,11 @@ train.train(run, tiny.FILE)
 
 
 def test_one_device_and_eight_give_the_same_losses(folder: Path, tmp_path: Path):
+    """Eight with all axes but data; from step 4 on with other axes."""
     arguments = [sys.executable, "-c", ONE_DEVICE, str(folder), str(tmp_path / "one")]
     environment = {**os.environ, "PYTHONPATH": str(tiny.ROOT)}
     subprocess.run(arguments, env=environment, cwd=tiny.ROOT, check=True)
-    changes = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
+    changes = {"mesh.fsdp": 2, "mesh.sequence": 2, "mesh.tensor": 2}
     train.train(tiny.experiment(folder, tmp_path / "eight", **changes), tiny.FILE)
     one, eight = lines(tmp_path / "one"), lines(tmp_path / "eight")
     assert len(one) == len(eight) == 7
@@ -244,6 +245,25 @@ def test_one_device_and_eight_give_the_same_losses(folder: Path, tmp_path: Path)
         np.testing.assert_allclose(
             [a[name] for name in names], [b[name] for name in names], rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.slow
+def test_a_run_with_tokens_over_two_devices_goes_on_on_fewer_shards_of_parameters(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = tiny.experiment(folder, tmp_path, **{"mesh.fsdp": None, "mesh.sequence": 2})
+    train.train(run, tiny.FILE)
+    whole = lines(tmp_path)
+    (tmp_path / "DONE").unlink()
+    shutil.rmtree(tmp_path / "checkpoints" / "6")
+    two = jax.devices()[:2]
+    monkeypatch.setattr(jax, "devices", lambda: two)
+    train.train(run, tiny.FILE)
+    for one, other in zip(lines(tmp_path), whole, strict=True):
+        names = [name for name in one if not name.startswith("fill/")]
+        found, expected = ([line[name] for name in names] for line in (one, other))
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert lines(tmp_path)[-1] != whole[-1]
 
 
 def test_a_run_whose_inputs_have_changed_is_not_gone_on_with(folder: Path, tmp_path: Path):

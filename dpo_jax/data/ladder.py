@@ -21,6 +21,8 @@ WORTH_A_SHAPE = 0.005
 WORTH_A_COMPILE = 20.0
 TOKENS_MULTIPLE = 32
 SCORED_MULTIPLE = 16
+# of tokens and scored tokens on each shard of a row: vector registers have as many rows
+SHARD_MULTIPLE = 8
 # rows that hold so many times the longest example are tried
 LENGTHS = (1.15, 1.33, 1.6, 2.2, 3.0)
 # the same for steps that are to be full, which rows of more examples can be
@@ -40,6 +42,14 @@ SCORED_COST = 0.5
 QUANTILES = 24
 # what a row has room for beyond the most examples seen
 SPARE_EXAMPLES = 1.5
+
+
+class Multiples(NamedTuple):
+    """What the rows, tokens and scored tokens of every shape are multiples of."""
+
+    rows: int
+    tokens: int = TOKENS_MULTIPLE
+    scored: int = SCORED_MULTIPLE
 
 
 class Fill(NamedTuple):
@@ -74,34 +84,44 @@ class Candidates(NamedTuple):
     fits: np.ndarray  # bool [c, n]
 
 
-def climb(steps: rows.Sizes, parts: int, longest: rows.Most, number: float = math.inf) -> Ladder:
-    """Chooses shapes whose rows are a multiple of `parts` for a number of steps like these [n, b].
+def multiples(parts: int, row_shards: int) -> Multiples:
+    """Those of shapes of so many parts, where the tokens of a row lie on so many shards."""
+    each = row_shards * SHARD_MULTIPLE
+    return Multiples(parts, math.lcm(TOKENS_MULTIPLE, each), math.lcm(SCORED_MULTIPLE, each))
+
+
+def climb(
+    steps: rows.Sizes, multiples: Multiples, longest: rows.Most, number: float = math.inf
+) -> Ladder:
+    """Chooses shapes for a number of steps like these [n, b].
 
     The largest has room for the tokens and the scored tokens of `longest` in each row, so that it
     holds any step once it has enough rows.
     """
     tokens = steps.tokens.sum(axis=1).mean()
+    parts = multiples.rows
     wanted = [round(tokens / (longest.tokens * length) / parts) * parts for length in LENGTHS]
     layouts = [lay_out(steps, number) for number in sorted({max(one, parts) for one in wanted})]
-    return choose(steps, make_candidates(layouts), longest, number)
+    return choose(steps, make_candidates(layouts, multiples), longest, multiples, number)
 
 
 def climb_within(
     cut: Callable[[int], rows.Sizes],
     positions: int,
-    parts: int,
+    multiples: Multiples,
     longest: rows.Most,
     number: float = math.inf,
 ) -> tuple[Ladder, int]:
-    """Chooses shapes of at most so many positions, rows a multiple of `parts`, for a number of
-    steps, and the tokens at which a step ends.
+    """Chooses shapes of at most so many positions for a number of steps, and the tokens at which a
+    step ends.
 
     `cut` gives sampled steps [n, b] that end at a number of tokens. ValueError where there is no
     room for the longest example in a row.
     """
     found: list[tuple[float, Ladder, int]] = []
+    parts = multiples.rows
     for count in sorted({row_count(positions, parts, longest, one) for one in FULL_LENGTHS}):
-        tokens = positions // count // TOKENS_MULTIPLE * TOKENS_MULTIPLE
+        tokens = positions // count // multiples.tokens * multiples.tokens
         if tokens < longest.tokens:
             continue
         steps = cut(int(count * tokens * FIRST_SHARE))
@@ -112,16 +132,16 @@ def climb_within(
         layout = lay_out(steps, count)
         # the few that are over it by a little are laid out once more when their shape is known
         layout = layout._replace(tokens=np.minimum(layout.tokens, tokens))
-        candidates = make_candidates([layout])
+        candidates = make_candidates([layout], multiples)
         costs = step_costs(candidates, pick(candidates, MOST_SHAPES))
-        chosen = choose(steps, candidates, longest, number)
+        chosen = choose(steps, candidates, longest, multiples, number)
         found.append((costs.sum() / steps.tokens.sum(), chosen, limit))
     if not found:
-        least = parts * round_up(longest.tokens, TOKENS_MULTIPLE)
+        least = parts * round_up(longest.tokens, multiples.tokens)
         raise ValueError(
             f"batch_tokens is {positions}, and the longest example has {longest.tokens} tokens, so "
-            f"that {parts} rows (batch shards x microbatches) take {least}: raise --batch-tokens, "
-            "or lower --data.max-length"
+            f"that {parts} rows (batch shards x microbatches) of a multiple of {multiples.tokens} "
+            f"tokens take {least}: raise --batch-tokens, or lower --data.max-length"
         )
     _, ladder, limit = min(found, key=lambda one: one[0])
     return ladder, limit
@@ -132,7 +152,13 @@ def row_count(positions: int, parts: int, longest: rows.Most, length: float) -> 
     return max(int(positions / (longest.tokens * length) / parts) * parts, parts)
 
 
-def choose(steps: rows.Sizes, candidates: Candidates, longest: rows.Most, number: float) -> Ladder:
+def choose(
+    steps: rows.Sizes,
+    candidates: Candidates,
+    longest: rows.Most,
+    multiples: Multiples,
+    number: float,
+) -> Ladder:
     """The ladder of as many of the candidates as are worth it in a number of steps."""
     picks = [pick(candidates, count) for count in range(1, MOST_SHAPES + 1)]
     costs = [step_costs(candidates, picked).mean() for picked in picks]
@@ -143,13 +169,13 @@ def choose(steps: rows.Sizes, candidates: Candidates, longest: rows.Most, number
     picked = sorted(picks[count], key=lambda one: candidates.cost[one])
     shapes = [candidates.shapes[one] for one in picked]
     shapes[-1] = shapes[-1]._replace(
-        tokens=max(shapes[-1].tokens, round_up(longest.tokens, TOKENS_MULTIPLE)),
-        scored=max(shapes[-1].scored, round_up(longest.scored, SCORED_MULTIPLE)),
+        tokens=max(shapes[-1].tokens, round_up(longest.tokens, multiples.tokens)),
+        scored=max(shapes[-1].scored, round_up(longest.scored, multiples.scored)),
     )
     return Ladder(tuple(shapes), tuple(fill(steps, candidates, picked) for picked in picks))
 
 
-def widen(ladder: Ladder, steps: list[rows.Sizes]) -> Ladder:
+def widen(ladder: Ladder, steps: list[rows.Sizes], multiples: Multiples) -> Ladder:
     """The ladder with its largest shape made larger, where it holds one of these steps [b] only
     so.
     """
@@ -162,9 +188,9 @@ def widen(ladder: Ladder, steps: list[rows.Sizes]) -> Ladder:
                 break
             tokens = step.tokens.sum() / largest.tokens
             if tokens > step.scored.sum() / largest.scored:
-                largest = largest._replace(tokens=largest.tokens + TOKENS_MULTIPLE)
+                largest = largest._replace(tokens=largest.tokens + multiples.tokens)
             else:
-                largest = largest._replace(scored=largest.scored + SCORED_MULTIPLE)
+                largest = largest._replace(scored=largest.scored + multiples.scored)
     return ladder._replace(shapes=(*others, largest))
 
 
@@ -175,13 +201,13 @@ def lay_out(steps: rows.Sizes, number: int) -> Layout:
     return Layout(number, *(one.max(axis=1) for one in rows.loads(steps, row, number)))
 
 
-def make_candidates(layouts: list[Layout]) -> Candidates:
+def make_candidates(layouts: list[Layout], multiples: Multiples) -> Candidates:
     """Of each layout the shapes that hold shares of the steps by tokens and by scored tokens."""
     shapes, fits = [], []
     for layout in layouts:
         examples = int(np.ceil(SPARE_EXAMPLES * layout.examples.max()))
-        for tokens in quantiles(layout.tokens, TOKENS_MULTIPLE):
-            for scored in quantiles(layout.scored, SCORED_MULTIPLE):
+        for tokens in quantiles(layout.tokens, multiples.tokens):
+            for scored in quantiles(layout.scored, multiples.scored):
                 shapes.append(rows.Shape(layout.rows, tokens, scored, examples))
                 fits.append((layout.tokens <= tokens) & (layout.scored <= scored))
     return Candidates(shapes, np.array([cost(shape) for shape in shapes]), np.array(fits))

@@ -6,6 +6,7 @@ completions of an example, N = B * E slots for examples.
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import math
@@ -14,8 +15,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from dpo_jax import config
+from dpo_jax.data import fold, rows, steps, tokenise
 from dpo_jax.data import ladder as data_ladder
-from dpo_jax.data import rows, steps, tokenise
 
 # says which of so many rows of a batch are held here: bool [B]
 Held = Callable[[int], np.ndarray]
@@ -49,6 +50,8 @@ class Plan:
     # places in the epochs' orders at which the steps start, and the last one's end, int64 [steps +
     # 1], where they are counted in tokens
     starts: np.ndarray | None = None
+    # on which a row's tokens lie
+    row_shards: int = 1
 
 
 def plan(
@@ -59,12 +62,14 @@ def plan(
     *,
     number: float = math.inf,
     scores_prompt: bool = False,
+    row_shards: int = 1,
 ) -> Plan:
     """Chooses the shapes for steps of so many examples, from the lengths alone, so that a typical
     step wastes least.
 
-    `parts` is batch shards times microbatches; the rows of every shape are a multiple of it. In a
-    small number of steps, fewer shapes are worth compiling.
+    `parts` is batch shards times microbatches; the rows of every shape are a multiple of it, and
+    its tokens and scored tokens one of the shards over which a row lies. In a small number of
+    steps, fewer shapes are worth compiling.
     With `scores_prompt`, the prompts' own tokens are scored too.
     """
     all_sizes = rows.sizes(data, scores_prompt)
@@ -72,9 +77,11 @@ def plan(
     starts = steps.by_number(batch_size, count * LOOKED_THROUGH)
     found = steps.sizes(all_sizes, starts, TRIED_SEED)
     sampled = rows.Sizes(found.tokens[:count], found.scored[:count])
-    climbed = data_ladder.climb(sampled, parts, most(all_sizes), number)
-    climbed = data_ladder.widen(climbed, largest(found))
-    return Plan(batch_size, parts, seed, climbed.shapes, scores_prompt, climbed.curve)
+    multiples = data_ladder.multiples(parts, row_shards)
+    climbed = data_ladder.climb(sampled, multiples, most(all_sizes), number)
+    climbed = data_ladder.widen(climbed, largest(found), multiples)
+    shapes, curve = climbed
+    return Plan(batch_size, parts, seed, shapes, scores_prompt, curve, row_shards=row_shards)
 
 
 def plan_by_tokens(
@@ -85,6 +92,7 @@ def plan_by_tokens(
     number: int,
     *,
     scores_prompt: bool = False,
+    row_shards: int = 1,
 ) -> Plan:
     """The same for a number of steps that take examples until at most so many positions are full.
 
@@ -97,10 +105,12 @@ def plan_by_tokens(
         starts = steps.by_tokens(all_sizes.tokens, limit, TRIED_SEED, count)
         return steps.sizes(all_sizes, starts, TRIED_SEED)
 
-    climbed, limit = data_ladder.climb_within(cut, batch_tokens, parts, most(all_sizes), number)
+    multiples = data_ladder.multiples(parts, row_shards)
+    climbed, limit = data_ladder.climb_within(cut, batch_tokens, multiples, most(all_sizes), number)
     starts = steps.by_tokens(all_sizes.tokens, limit, seed, number)
     fewest = int(np.diff(starts).min())
-    return Plan(fewest, parts, seed, climbed.shapes, scores_prompt, climbed.curve, starts)
+    shapes, curve = climbed
+    return Plan(fewest, parts, seed, shapes, scores_prompt, curve, starts, row_shards)
 
 
 def plan_run(
@@ -109,13 +119,15 @@ def plan_run(
     parts: int,
     *,
     scores_prompt: bool = False,
+    row_shards: int = 1,
 ) -> Plan:
     """The plan of a run's training steps, counted in examples or in tokens as it says."""
     size, seed, tokens = experiment.batch_size, experiment.seed, experiment.batch_tokens
+    run: Callable[..., Plan] = functools.partial(plan, data, size)
+    if tokens is not None:
+        run = functools.partial(plan_by_tokens, data, tokens)
     number = experiment.steps
-    if tokens is None:
-        return plan(data, size, parts, seed, number=number, scores_prompt=scores_prompt)
-    return plan_by_tokens(data, tokens, parts, seed, number, scores_prompt=scores_prompt)
+    return run(parts, seed, number=number, scores_prompt=scores_prompt, row_shards=row_shards)
 
 
 def sampled_steps(examples: int) -> int:
@@ -135,17 +147,20 @@ def largest(found: rows.Sizes) -> list[rows.Sizes]:
     return [rows.Sizes(found.tokens[one], found.scored[one]) for one in numbers]
 
 
-def plan_within(longest: int, scored: int, batch_size: int, parts: int) -> Plan:
+def plan_within(
+    longest: int, scored: int, batch_size: int, parts: int, row_shards: int = 1
+) -> Plan:
     """A plan made before the examples are there: each has at most so many tokens and scored ones.
 
     Two of the largest fit into a row, so that no step needs more than half as many rows as
     examples.
     """
-    tokens = data_ladder.round_up(2 * longest, data_ladder.TOKENS_MULTIPLE)
-    scored = data_ladder.round_up(2 * scored, data_ladder.SCORED_MULTIPLE)
+    multiples = data_ladder.multiples(parts, row_shards)
+    tokens = data_ladder.round_up(2 * longest, multiples.tokens)
+    scored = data_ladder.round_up(2 * scored, multiples.scored)
     counts = dict.fromkeys(data_ladder.round_up(batch_size / share, parts) for share in (8, 4, 2))
     shapes = (rows.Shape(count, tokens, scored, min(batch_size, 16)) for count in counts)
-    return Plan(batch_size, parts, 0, tuple(shapes))
+    return Plan(batch_size, parts, 0, tuple(shapes), row_shards=row_shards)
 
 
 def describe(plan: Plan, count: int, number: int) -> str:
@@ -208,7 +223,8 @@ def pack(data: tokenise.Tokenised, plan: Plan, indices: np.ndarray, held: Held =
         found = rows.assign(step, shape)
         if found is not None:
             members = [[int(indices[place]) for place in row] for row in found]
-            return _fill(data, members, shape, plan.scores_prompt, held(shape.rows))
+            filled = _fill(data, members, shape, plan.scores_prompt, held(shape.rows))
+            return fold.fold(filled, plan.row_shards)
     raise ValueError(
         f"an example has {step.tokens.max()} tokens in a row, {step.scored.max()} of them scored, "
         f"and the plan was made for examples of at most {plan.ladder[-1]}"

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dpo_jax import sharding
-from dpo_jax.model import attention, shards
+from dpo_jax.model import attention, sequence, shards
 
 # tokens of a block: smaller ones compute less that nobody sees, in more and smaller products; twice
 # as many in rows of so many tokens or more
@@ -74,6 +74,21 @@ def attend(
     return on_each_device(run, rows, query, key, value, query_ids, key_ids)
 
 
+def attend_at_once(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    query_ids: attention.Ids,
+    key_ids: attention.Ids,
+    *,
+    rows: NamedSharding | None = None,
+    **options: Any,
+) -> jax.Array:
+    """`attention.attend` where a row's tokens lie on several devices."""
+    run = functools.partial(attention.attend, **options)
+    return on_each_device(run, rows, query, key, value, query_ids, key_ids)
+
+
 def on_each_device(
     run: Callable[..., jax.Array],
     rows: NamedSharding | None,
@@ -83,19 +98,26 @@ def on_each_device(
     query_ids: attention.Ids,
     key_ids: attention.Ids,
 ) -> jax.Array:
-    """What `run` makes of the rows and heads of each device; of everything at once where B is no
-    multiple of the shards, or `rows` is None.
+    """What `run` makes of the rows, queries and heads of each device; of everything at once where B
+    is no multiple of the shards, or `rows` is None.
+
+    Where the rows' tokens lie on several devices, each has its own queries, and all keys of its
+    rows.
     """
     inputs = query, key, value, query_ids, key_ids
     if rows is None or not shards.divides(query.shape[:1], rows):
         return run(*inputs)
-    heads = P(rows.spec[0], None, sharding.RULES["key_value_heads"], None)
+    batch, tokens = rows.spec[0], shards.token_axis(query.shape, rows)
+    heads = P(batch, tokens, sharding.RULES["key_value_heads"], None)
     heads = shards.fit(heads, key.shape, rows.mesh)
-    own = P(rows.spec[0])
+
+    def run_own(query, key, value, *ids: attention.Ids) -> jax.Array:
+        return run(query, sequence.gather(key, tokens), sequence.gather(value, tokens), *ids)
+
     shared = jax.shard_map(
-        run,
+        run_own,
         mesh=rows.mesh,
-        in_specs=(heads, heads, heads, own, own),
+        in_specs=(heads, heads, heads, P(batch, tokens), P(batch)),
         out_specs=heads,
         check_vma=False,
     )
@@ -221,10 +243,15 @@ def find_needed(
     if window is not None:
         seen &= key_high > low - window
     found &= seen | (lift(first) != lift_key(key_last))
-    # in rows as they are packed, no token sees a later one
-    number = jnp.arange(found.shape[1])[:, None] < jnp.arange(found.shape[2])[None, :]
-    found &= ~(number[None] & is_ordered(query_ids, key_ids, batch)[:, None, None])
-    return jnp.where(found, 1, 0).astype(jnp.int32)
+    # no token sees one that is later by example, branch and position
+    last, earliest = (
+        (lift(array) for array in extreme(query_ids, largest=True)),
+        (lift_key(array) for array in extreme(key_ids, largest=False)),
+    )
+    later = jnp.zeros_like(found)
+    for mine, its in reversed(list(zip(last, earliest, strict=True))):
+        later = (its > mine) | ((its == mine) & later)
+    return jnp.where(found & ~later, 1, 0).astype(jnp.int32)
 
 
 def span(array, among) -> tuple[jax.Array, jax.Array]:
@@ -235,23 +262,15 @@ def span(array, among) -> tuple[jax.Array, jax.Array]:
     return least, jnp.where(among, array, -1).max(axis=-1)
 
 
-def is_ordered(query_ids: attention.Ids, key_ids: attention.Ids, batch: int) -> jax.Array:
-    """Whether queries are keys of the same places, by example, branch and position, padding last:
-    bool [B].
+def extreme(ids: attention.Ids, *, largest: bool) -> tuple[jax.Array, ...]:
+    """Example, branch and position of the first or last token of each block [N, b] in that order:
+    [N] each.
     """
-    if query_ids.example.shape != key_ids.example.shape:
-        return jnp.zeros(batch, bool)
-    same = functools.reduce(jnp.logical_and, map(jnp.equal, query_ids, key_ids))
-    example, branch, position = (array.reshape(batch, -1) for array in query_ids)
-    example = jnp.where(example == 0, np.iinfo(np.int32).max, example)
-
-    def steps(array) -> jax.Array:
-        return array[:, 1:] - array[:, :-1]
-
-    within = (steps(branch) > 0) | ((steps(branch) == 0) & (steps(position) >= 0))
-    padding = example[:, 1:] == np.iinfo(np.int32).max
-    ordered = (steps(example) > 0) | ((steps(example) == 0) & (within | padding))
-    return ordered.all(axis=1) & same.reshape(batch, -1).all(axis=1)
+    among, found = jnp.asarray(ids.example) > 0, []
+    for array in ids:
+        found.append(span(array, among)[int(largest)])
+        among &= array == found[-1][:, None]
+    return tuple(found)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

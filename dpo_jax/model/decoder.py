@@ -14,6 +14,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from dpo_jax.model import attention, layers, rope, shards
 from dpo_jax.model.config import DecoderConfig, Kind
@@ -87,7 +89,7 @@ class Decoder(nn.Module):
         """
         declare_head(self)
         hidden = keep_rows(self, embed(self, tokens, jnp.asarray(ids.position)))
-        key_ids, layer_cache = ids, None
+        key_ids, layer_cache = join_rows(self, ids), None
         if cache is not None:
             key_ids = attention.Ids(
                 *(
@@ -145,9 +147,10 @@ def look_up(decoder: Decoder, table: jax.Array, index: jax.Array) -> jax.Array:
     # Cast after the look-up, so that the table's gradient is summed in float32. An id outside the
     # vocabulary gives nan, which is seen, and not the row nearest to it.
     found = jnp.take(table, index, axis=0).astype(decoder.dtype)
-    if where is None:
-        return found
-    return jax.lax.with_sharding_constraint(found, where.columns)
+    for place in () if where is None else (where.columns, *where.way):
+        if shards.divides(shape, place):
+            found = jax.lax.with_sharding_constraint(found, place)
+    return found
 
 
 def keep_rows(decoder: Decoder, hidden: jax.Array) -> jax.Array:
@@ -155,9 +158,17 @@ def keep_rows(decoder: Decoder, hidden: jax.Array) -> jax.Array:
 
     Rows that do not divide over the shards are left to the compiler.
     """
-    if decoder.placement is None or not shards.divides(hidden.shape, decoder.placement.rows):
-        return hidden
-    return jax.lax.with_sharding_constraint(hidden, decoder.placement.rows)
+    where = decoder.placement and shards.of_rows(hidden.shape, decoder.placement.rows)
+    return hidden if where is None else jax.lax.with_sharding_constraint(hidden, where)
+
+
+def join_rows(decoder: Decoder, ids: attention.Ids) -> attention.Ids:
+    """Ids of keys, of which each device has those of whole rows: once for all layers."""
+    where = decoder.placement and shards.of_rows(ids.example.shape, decoder.placement.rows)
+    if where is None:
+        return ids
+    whole = NamedSharding(where.mesh, P(where.spec[0]))
+    return attention.Ids(*(jax.lax.with_sharding_constraint(one, whole) for one in ids))
 
 
 def run_layers(decoder: Decoder, carry: tuple, places: layers.Places) -> tuple:
