@@ -279,6 +279,13 @@ def test_a_run_computes_in_blocks_on_cpu_unless_it_says_otherwise():
         assert chosen.func is blocks.attend
 
 
+@pytest.mark.parametrize(("length", "size"), [(20, 24), (100, 64), (2047, 64), (2048, 128)])
+def test_blocks_are_no_longer_than_rows_and_larger_in_long_ones(length, size):
+    ids = Ids(*np.ones((3, 1, length), np.int32))
+    pairs = blocks.list_pairs_of_rows(ids, ids, None)
+    assert pairs.query_ids.example.shape == (-(-length // size), size)
+
+
 def test_flops_of_a_gradient_are_those_of_the_pairs_of_blocks(ids, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK", 32)
     arrays = draw(ids)
