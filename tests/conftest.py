@@ -20,8 +20,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", None)
 
-# Compiling is most of the tests' time, and takes a fifth of it so. XLA reads its flags with the
-# first program, and tests' processes inherit them; who sets XLA_FLAGS, if to nothing, decides.
+# Compiling is most of the tests' time. Without LLVM's optimisations it takes a fifth of it, and
+# XLA's own are all there. Processes that tests start inherit the flags; who sets XLA_FLAGS, if only
+# to nothing, has it otherwise (scripts/test.sh --all does).
 QUICK_TO_COMPILE = (
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
     "--xla_cpu_parallel_codegen_split_count=1"
