@@ -26,7 +26,7 @@ def floor_flops(
         shape, prompts.sum(), 0, (prompts * (prompts + 1) / 2).sum()
     )
     for name, tokens in zip(data.names, answers.T, strict=True):
-        passes = has_reference + (1 if name == "mismatched" else 3)
+        passes = has_reference + (1 if name == tokenise.MISMATCHED else 3)
         pairs = (tokens * prompts + tokens * (tokens + 1) / 2).sum()
         total += passes * forward_flops(shape, tokens.sum(), tokens.sum(), pairs)
     return float(total)

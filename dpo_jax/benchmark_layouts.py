@@ -5,26 +5,33 @@ Dimensions: N examples, R = 2 N rows of the padded layout, L tokens, V vocabular
 
 import dataclasses
 import functools
-import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import assemble, config, contract, logps, optimizer, sharding, train, train_step
+from dpo_jax import (
+    assemble,
+    config,
+    contract,
+    logps,
+    optimizer,
+    sharding,
+    train,
+    train_step,
+    vocabulary,
+)
 from dpo_jax.data import pack, tokenise
 from dpo_jax.hlo import costs, text
 from dpo_jax.model import attention, blocks, decoder
 
 # rows of the padded layout have a multiple of so many tokens, so that few shapes compile
 MULTIPLE = 64
-# the loop over a block's pairs, by the name that the compiler gives it
-PAIRS = re.compile(r"loop .*/attention/")
 
 
 class Stepper(NamedTuple):
@@ -34,8 +41,8 @@ class Stepper(NamedTuple):
     step: Callable
     # (state, batch) -> the compiled step
     compile: Callable
-    # batch -> `mean_pairs`
-    pairs: Callable[[dict], float | None]
+    # batch -> `loop_lengths`
+    lengths: Callable[[dict], Mapping[str, float]]
     state: Any
     # of the steps from the first on: batch on the mesh, and how many tokens are computed
     batches: Iterator[tuple[dict, int]]
@@ -52,8 +59,10 @@ def make_packed(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Stepp
         return run.step.lower(state, run.held, batch, run.numbers).compile()
 
     found = ((batch, batch["tokens"].size) for _, batch, _ in train.batches(run, 0))
-    pairs = functools.partial(mean_pairs, run.initial.model)
-    return Stepper(step, compile, pairs, state, found)
+    lengths = functools.partial(
+        loop_lengths, run.initial.model, microbatches=experiment.microbatches
+    )
+    return Stepper(step, compile, lengths, state, found)
 
 
 def make_cached(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Stepper:
@@ -92,7 +101,7 @@ def make_padded(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Stepp
             batch = pad(data, pack.examples(len(data.prompts), plan, number))
             yield sharding.put_batch(batch, mesh), batch["tokens"].size
 
-    return Stepper(step, compile, lambda batch: None, state, batches())
+    return Stepper(step, compile, lambda batch: {}, state, batches())
 
 
 def padded_step(experiment: config.Experiment, model: decoder.Decoder) -> Callable:
@@ -187,28 +196,47 @@ def count_flops(stepper: Stepper, state, batches: Sequence[dict]) -> dict[str, A
     """FLOPs of the compiled steps over the batches on all devices together ("flops"), and what of
     the steps cannot be counted ("uncounted").
 
-    Attention in blocks is counted by the pairs of blocks that it computes on each batch.
+    Loops whose length depends on the batch are counted by what they compute on each.
     """
     programs: dict[str, text.Program] = {}
-    total, pairs = 0, [stepper.pairs(batch) for batch in batches]
-    for batch, count in zip(batches, pairs, strict=True):
+    total, uncounted = 0, set()
+    for batch in batches:
         shape = str(jax.tree.map(jnp.shape, batch))
         if shape not in programs:
             programs[shape] = text.parse(stepper.compile(state, batch).as_text())
-        counted = costs.flops(programs[shape], unknown_length=1 if count is None else count)
-        total += counted * programs[shape].devices
-    named = {name for program in programs.values() for name in costs.uncounted(program)}
-    is_told = None not in pairs
-    left_out = [name for name in named if not (is_told and PAIRS.search(name))]
-    return {"flops": total, "uncounted": sorted(left_out)}
+        program, lengths = programs[shape], stepper.lengths(batch)
+        total += costs.flops(program, lengths) * program.devices
+        uncounted |= set(costs.uncounted(program, lengths))
+    return {"flops": total, "uncounted": sorted(uncounted)}
 
 
-def mean_pairs(model: decoder.Decoder, batch: dict) -> float | None:
-    """Pairs of blocks that attention computes for each block of queries of a batch, over the kinds
-    of layers; None where it computes all tokens at once.
+def loop_lengths(model: decoder.Decoder, batch: dict, microbatches: int = 1) -> Mapping[str, float]:
+    """How often the loops run whose length depends on the batch, on average, by a part of their
+    names: over a block of queries' blocks of keys, and over blocks of scored tokens.
     """
-    if model.attend is attention.attend:
-        return None
+    slot, names = np.asarray(batch["slot"]), sorted(batch["length"])
+    trained = (slot > 0) & (np.array(names)[(slot - 1) % len(names)] != tokenise.MISMATCHED)
+    return {
+        "/attention/": mean_pairs(model, batch),
+        f"/{vocabulary.SCORED}/": mean_blocks(slot > 0, microbatches),
+        f"/{vocabulary.TRAINED}/": mean_blocks(trained, microbatches),
+    }
+
+
+def mean_blocks(wanted: np.ndarray, microbatches: int) -> float:
+    """Blocks up to the last scored token [B, S] that is wanted, of a microbatch on one device."""
+    rows, scored = wanted.shape
+    size = vocabulary.block_size(rows // microbatches, scored)
+    filled = np.where(wanted, np.arange(1, scored + 1), 0).max(axis=1)
+    # as `train_step.split` has them
+    fullest = filled.reshape(-1, microbatches).max(axis=0)
+    return float(np.mean(-(-fullest // size)))
+
+
+def mean_pairs(model: decoder.Decoder, batch: dict) -> float:
+    """Pairs of blocks that attention in blocks computes for each block of queries of a batch, over
+    the kinds of layers.
+    """
     ids = attention.Ids(*(np.asarray(batch[name]) for name in attention.Ids._fields))
     counts = [
         np.mean(blocks.list_pairs_of_rows(ids, ids, kind.window).count)

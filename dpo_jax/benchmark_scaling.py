@@ -193,8 +193,8 @@ def make_step(model: decoder.Decoder, tx, held: train_step.Held):
     def compile(state, batch: dict):
         return jitted.lower(state, held, batch, numbers).compile()
 
-    pairs = functools.partial(benchmark_layouts.mean_pairs, model)
-    return step, benchmark_layouts.Stepper(step, compile, pairs, None, iter(()))
+    lengths = functools.partial(benchmark_layouts.loop_lengths, model)
+    return step, benchmark_layouts.Stepper(step, compile, lengths, None, iter(()))
 
 
 def slope(points: Sequence[Mapping[str, float]], by: str) -> float | None:

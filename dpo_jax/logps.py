@@ -67,7 +67,8 @@ def score(
     names = sorted(batch["length"])
     slots_of_row = len(batch["weight"]) // len(hidden) * len(names)
     places = locate(batch, slots_of_row) if statistics else None
-    by_token = token_values(hidden, head, batch["target"], places, statistics)
+    ends = jnp.where(batch["slot"] > 0, jnp.arange(1, batch["slot"].shape[1] + 1), 0)
+    by_token = token_values(hidden, head, batch["target"], places, statistics, ends.max())
     by_completion = {
         name: sum_slots(values, batch["slot"], slots_of_row).reshape(-1, len(names))  # [N, C]
         for name, values in by_token.items()
@@ -111,14 +112,18 @@ def token_values(
     target: jax.Array,
     places: tuple[jax.Array, jax.Array] | None,
     statistics: Mapping[str, Statistic],
+    filled: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
     """Log-probability (under TOTAL) and statistics of each scored token: float32 [B, S] each.
+
+    No row has filled more than the first `filled` tokens, int32 [], or all may be; what is given
+    for others means nothing.
 
     Statistics read whole rows of logits: chunks of S, whose logits the backward pass computes
     again, bound what is held at once.
     """
     if places is None:
-        return {TOTAL: vocabulary.token_logps(hidden, head, target)}
+        return {TOTAL: vocabulary.token_logps(hidden, head, target, filled)}
     rows, scored, _ = hidden.shape
     count = chunk_count(rows, scored, decoder.vocabulary_size(head))
     head = head._replace(matrix=head.matrix.astype(hidden.dtype))

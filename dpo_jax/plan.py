@@ -25,7 +25,6 @@ from dpo_jax import (
 )
 from dpo_jax.data import pack, rows
 from dpo_jax.hlo import costs, text, work
-from dpo_jax.model import attention
 from dpo_jax.model import config as model_config
 
 GIB = 2**30
@@ -186,27 +185,23 @@ def predict(
 ) -> dict[str, Any]:
     """FLOPs, what is sent, and times."""
     devices = len(target.devices)
-    pairs = None
-    if step.model.attend is not attention.attend:
+    lengths: Mapping[str, float] = {}
+    if "slot" in step.batch:
         example = pack.batch(step.examples.data, step.plan, 0)
-        pairs = benchmark_layouts.mean_pairs(step.model, example)
-    unknown = 1.0 if pairs is None else pairs
-    done = list(work.work(program, unknown_length=unknown))
+        lengths = benchmark_layouts.loop_lengths(step.model, example, step.experiment.microbatches)
+    done = list(work.work(program, lengths))
     sent = roofline.sent_by(program, step.mesh, target)
     seconds = roofline.seconds_of(done, sent, target)
     model_flops = useful_flops(step)
     tokens, peak = abstract_step.useful_tokens(step), devices * target.flops
     times = {"hidden": roofline.hidden(seconds), "exposed": roofline.exposed(seconds)}
     epoch = abstract_step.epoch_tokens(step) / tokens
-    uncounted = costs.uncounted(program)
-    if pairs is not None:
-        uncounted = [name for name in uncounted if not benchmark_layouts.PAIRS.search(name)]
     hours = {name: one * epoch / 3600 for name, one in times.items()}
     dear = None if price is None else price * target.chip_count
     return {
-        "flops_per_step": costs.flops(program, unknown_length=unknown) * devices,
+        "flops_per_step": costs.flops(program, lengths) * devices,
         "model_flops_per_step": model_flops,
-        "uncounted": uncounted,
+        "uncounted": costs.uncounted(program, lengths),
         "estimated_cycles": sum(one.cycles * one.times for one in done),
         "clock": None if target.piece is None else chips.clock(target.piece.chip),
         "collectives": [one._asdict() for one in sent],

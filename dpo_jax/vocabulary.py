@@ -5,11 +5,15 @@ exponentials it sums the matrix's columns by softmax, which is the gradient of t
 for a factor; so the backward pass computes logits again for the matrix's gradient only, and where
 nobody asks for that one, the compiler drops its loop.
 
+Where one device has all rows, scored tokens are in blocks, and those blocks that no row has filled
+are left out, as is told at run time.
+
 Dimensions: B rows, S scored tokens, D width, V vocabulary, T parts of it (the tensor shards), w
-tokens of a stripe of each part.
+tokens of a stripe of each part, n blocks of s scored tokens of each row.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +28,11 @@ from dpo_jax.model import decoder
 STRIPE = 2048
 # widths of stripes are multiples of this, as matrix units have them
 MULTIPLE = 128
+# blocks of scored tokens, at most, and tokens of one over all rows, at least: smaller ones would
+# leave more out, in products too small for the machine
+BLOCKS, BLOCK = 8, 128
+# parts of the names of the loops over them: of logits, and of their gradients
+SCORED, TRAINED = "scored_blocks", "trained_blocks"
 # below any logit and, unlike -inf, not nan when subtracted from itself
 LOWEST = float(np.finfo(np.float32).min)
 
@@ -38,6 +47,8 @@ class Cut(NamedTuple):
     is_embedding: bool
     cap: float | None
     mesh: jax.sharding.AbstractMesh  # on which the matrix lies; empty where it lies on none
+    block: int  # s
+    only: bool  # whether there is one block
 
 
 class Weights(NamedTuple):
@@ -80,26 +91,37 @@ class Residuals(NamedTuple):
     hidden: jax.Array  # [B, S, D]
     weights: Weights
     target: jax.Array  # [B, S]
+    blocks: jax.Array  # int32 []
     slope: jax.Array  # float32 [B, S, D]: gradient of each log-probability
     softmax: Softmax
 
 
-def token_logps(hidden: jax.Array, head: decoder.Head, target: jax.Array) -> jax.Array:
+def token_logps(
+    hidden: jax.Array, head: decoder.Head, target: jax.Array, filled: jax.Array | None = None
+) -> jax.Array:
     """log p(target) of each scored token: hidden [B, S, D], target [B, S] -> float32 [B, S].
 
-    Products are in hidden's type and summed in float32. An id outside the vocabulary gives nan.
+    Products are in hidden's type and summed in float32. An id outside the vocabulary gives nan. Of
+    rows of which only the first tokens are wanted, `filled` says how many are at most, int32 []:
+    what is given for others means nothing.
     """
-    cut = make_cut(head)
+    cut = make_cut(head, target.shape)
     weights = Weights(
         head.matrix.reshape(whole_shape(cut, hidden.shape[-1])),
         None if head.bias is None else head.bias.reshape(cut.parts, cut.size),
     )
-    return scores(cut, hidden, weights, target)
+    scored = target.shape[1]
+    filled = jnp.int32(scored) if filled is None else filled
+    to_blocks = ((0, 0), (0, -scored % cut.block))
+    hidden = jnp.pad(hidden, (*to_blocks, (0, 0)))
+    target = jnp.pad(target, to_blocks)
+    return scores(cut, hidden, weights, target, -(-filled // cut.block))[:, :scored]
 
 
-def make_cut(head: decoder.Head) -> Cut:
+def make_cut(head: decoder.Head, shape: tuple[int, ...]) -> Cut:
     """One part for each tensor shard, where the vocabulary divides over them, and otherwise one,
-    as `sharding.parameters` has it; stripes of about equal width.
+    as `sharding.parameters` has it; stripes of about equal width. Blocks for targets of a shape
+    [B, S].
     """
     vocabulary, axis = decoder.vocabulary_size(head), sharding.RULES["vocabulary"]
     mesh = jax.typeof(head.matrix).sharding.mesh
@@ -108,7 +130,17 @@ def make_cut(head: decoder.Head) -> Cut:
     size = vocabulary // parts
     count = -(-size // STRIPE)
     width = min(-(-size // (count * MULTIPLE)) * MULTIPLE, STRIPE, size)
-    return Cut(parts, size, width, count, head.is_embedding, head.cap, mesh)
+    rows, scored = shape
+    # Of many devices the fullest row of all would decide, and hardly anything would be left out.
+    block = block_size(rows, scored) if mesh.size <= 1 else scored
+    is_only = block == scored
+    return Cut(parts, size, width, count, head.is_embedding, head.cap, mesh, block, is_only)
+
+
+def block_size(rows: int, scored: int) -> int:
+    """Scored tokens of a row in a block, where one device has all rows."""
+    blocks = min(max(rows * scored // BLOCK, 1), BLOCKS)
+    return min(-(-scored // (blocks * 8)) * 8, scored)
 
 
 def whole_shape(cut: Cut, width: int) -> tuple[int, ...]:
@@ -118,96 +150,177 @@ def whole_shape(cut: Cut, width: int) -> tuple[int, ...]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def scores(cut: Cut, hidden: jax.Array, weights: Weights, target: jax.Array) -> jax.Array:
-    """`token_logps` with the head in parts."""
-    others = sum_others(cut, hidden, weights, target, None)
+def scores(
+    cut: Cut, hidden: jax.Array, weights: Weights, target: jax.Array, blocks: jax.Array
+) -> jax.Array:
+    """`token_logps` with the head in parts, of the first `blocks` blocks: int32 []."""
+    others = sum_others(cut, hidden, weights, target, blocks, with_slope=False)
     own = find_own(cut, hidden, weights, target)
     return find_softmax(others, own).logp
 
 
 def scores_forward(
-    cut: Cut, hidden: jax.Array, weights: Weights, target: jax.Array
+    cut: Cut, hidden: jax.Array, weights: Weights, target: jax.Array, blocks: jax.Array
 ) -> tuple[jax.Array, Residuals]:
     """The log-probabilities, and what the backward pass reads."""
-    zeros = jnp.zeros((cut.parts, *hidden.shape), jnp.float32)
-    others = sum_others(cut, hidden, weights, target, zeros)
+    others = sum_others(cut, hidden, weights, target, blocks, with_slope=True)
     own = find_own(cut, hidden, weights, target)
     softmax = find_softmax(others, own)
     wide = jax.tree.map(lambda leaf: leaf[None], softmax)
     shares = probability(wide, jnp.moveaxis(others.largest, -1, 0))[..., None]  # [T, B, S, 1]
     slope = rest(softmax)[..., None] * own.slope - jnp.sum(shares * others.slope, axis=0)
-    return softmax.logp, Residuals(hidden, weights, target, slope, softmax)
+    return softmax.logp, Residuals(hidden, weights, target, blocks, slope, softmax)
 
 
 def scores_backward(cut: Cut, kept: Residuals, cotangent: jax.Array) -> tuple:
-    """Gradients of hidden states and weights; the loop is for the latter alone."""
+    """Gradients of hidden states and weights; the loop is for the latter alone, and leaves out
+    blocks behind the last token of which a gradient is wanted.
+    """
+    ends = jnp.where(cotangent != 0, jnp.arange(1, cotangent.shape[1] + 1), 0)
+    blocks = jnp.minimum(kept.blocks, -(-ends.max() // cut.block))
     # the order in which a CPU multiplies them by hidden states without turning them round first
     order = "twbs" if cut.is_embedding else "bstw"
 
     def lift(array: jax.Array) -> jax.Array:
         return array[None, None] if cut.is_embedding else array[..., None, None]
 
+    tokens = split(cut, (kept.hidden, kept.target, kept.softmax, cotangent))
+
     def one(total: Weights, number: jax.Array) -> tuple[Weights, None]:
         start = place(cut, number)
         matrix = slice_matrix(cut, kept.weights.matrix, start, kept.hidden.dtype)
-        logits = stripe_logits(cut, kept.hidden, matrix, kept.weights.bias, start, order)
-        shares = probability(jax.tree.map(lift, kept.softmax), logits)
-        is_own = stripe_ids(cut, start, order) == lift(kept.target)
-        slope = jnp.where(is_own, lift(rest(kept.softmax)), -shares)
-        slope = slope * slope_of_cap(cut, logits) * lift(cotangent)
-        found = jnp.einsum(
-            f"{order},bsd->{axes(cut)}",
-            slope.astype(kept.hidden.dtype),
-            kept.hidden,
-            preferred_element_type=jnp.float32,
-        )
+
+        def of_block(i: jax.Array, before: Weights) -> Weights:
+            hidden, target, softmax, given = take(tokens, i)
+            logits = stripe_logits(cut, hidden, matrix, kept.weights.bias, start, order)
+            shares = probability(jax.tree.map(lift, softmax), logits)
+            is_own = stripe_ids(cut, start, order) == lift(target)
+            slope = jnp.where(is_own, lift(rest(softmax)), -shares)
+            slope = slope * slope_of_cap(cut, logits) * lift(given)
+            found = jnp.einsum(
+                f"{order},bsd->{axes(cut)}",
+                slope.astype(hidden.dtype),
+                hidden,
+                preferred_element_type=jnp.float32,
+            )
+            bias = before.bias
+            if bias is not None:
+                bias = bias + slope.sum(axis=(order.index("b"), order.index("s")))
+            return Weights(before.matrix + found, bias)
+
+        def empty(leaf: jax.Array, axis: int) -> jax.Array:
+            shape = (*leaf.shape[:axis], cut.width, *leaf.shape[axis + 1 :])
+            return jnp.zeros(shape, jnp.float32)
+
+        at = Weights(axes(cut).index("w"), None if total.bias is None else 1)
+        found = over_blocks(cut, blocks, TRAINED, of_block, jax.tree.map(empty, total, at))
         # where stripes overlap, both have the same
         update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start)
-        bias = total.bias
-        if bias is not None:
-            of_tokens = order.index("b"), order.index("s")
-            bias = update(bias, slope.sum(axis=of_tokens), axis=1)
-        return Weights(update(total.matrix, found, axis=axes(cut).index("w")), bias), None
+        return jax.tree.map(
+            lambda all, own, axis: update(all, own, axis=axis), total, found, at
+        ), None
 
     hidden = (cotangent[..., None] * kept.slope).astype(kept.hidden.dtype)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), kept.weights)
     found, _ = jax.lax.scan(one, zeros, jnp.arange(cut.count))
-    return hidden, jax.tree.map(lambda new, old: new.astype(old.dtype), found, kept.weights), None
+    weights = jax.tree.map(lambda new, old: new.astype(old.dtype), found, kept.weights)
+    return hidden, weights, None, None
 
 
 scores.defvjp(scores_forward, scores_backward)
 
 
 def sum_others(
-    cut: Cut, hidden: jax.Array, weights: Weights, target: jax.Array, slope: jax.Array | None
+    cut: Cut,
+    hidden: jax.Array,
+    weights: Weights,
+    target: jax.Array,
+    blocks: jax.Array,
+    with_slope: bool,
 ) -> Others:
-    """The sums over all stripes; `slope` is what its sum starts from, or None."""
+    """The sums over all stripes."""
+    tokens = split(cut, (hidden, target))
 
     def one(before: Others, number: jax.Array) -> tuple[Others, None]:
         start = place(cut, number)
         matrix = slice_matrix(cut, weights.matrix, start, hidden.dtype)
-        logits = stripe_logits(cut, hidden, matrix, weights.bias, start, "bstw")
-        left_out = stripe_ids(cut, start, "bstw") == target[..., None, None]
-        if cut.count * cut.width > cut.size:
-            # tokens of the last stripe that the one before it had
-            had = start + jnp.arange(cut.width) < number * cut.width
-            left_out = left_out | had.reshape(1, 1, 1, -1)
-        masked = jnp.where(left_out, -jnp.inf, logits)
-        largest = jnp.maximum(before.largest, masked.max(axis=-1))
-        scale = jnp.exp(before.largest - largest)
-        terms = jnp.exp(masked - largest[..., None])
-        total = before.total * scale + terms.sum(axis=-1)
-        if before.slope is None:
-            return Others(largest, total, None), None
-        terms = (terms * slope_of_cap(cut, logits)).astype(hidden.dtype)
-        added = jnp.einsum(
-            f"bstw,{axes(cut)}->tbsd", terms, matrix, preferred_element_type=jnp.float32
-        )
-        slope = before.slope * jnp.moveaxis(scale, -1, 0)[..., None] + added
-        return Others(largest, total, slope), None
 
-    zeros = jnp.zeros((*target.shape, cut.parts), jnp.float32)
-    return jax.lax.scan(one, Others(zeros + LOWEST, zeros, slope), jnp.arange(cut.count))[0]
+        def of_block(i: jax.Array, so_far: Others) -> Others:
+            added = add_others(cut, *take(tokens, i), weights.bias, matrix, number, take(so_far, i))
+            return jax.tree.map(lambda all, own: all.at[i].set(own), so_far, added)
+
+        return over_blocks(cut, blocks, SCORED, of_block, before), None
+
+    zeros = jnp.zeros((*tokens[1].shape, cut.parts), jnp.float32)
+    rows, size, width = tokens[0].shape[1:]
+    slope = jnp.zeros((len(zeros), cut.parts, rows, size, width)) if with_slope else None
+    found, _ = jax.lax.scan(one, Others(zeros + LOWEST, zeros, slope), jnp.arange(cut.count))
+    slope = found.slope
+    if slope is not None:
+        slope = jnp.moveaxis(slope, 0, 2).reshape(cut.parts, *hidden.shape)
+    return Others(*(join(leaf) for leaf in (found.largest, found.total)), slope)
+
+
+def add_others(
+    cut: Cut,
+    hidden: jax.Array,
+    target: jax.Array,
+    bias: jax.Array | None,
+    matrix: jax.Array,
+    number: jax.Array,
+    before: Others,
+) -> Others:
+    """The sums of a block of tokens with a stripe added."""
+    start = place(cut, number)
+    logits = stripe_logits(cut, hidden, matrix, bias, start, "bstw")
+    left_out = stripe_ids(cut, start, "bstw") == target[..., None, None]
+    if cut.count * cut.width > cut.size:
+        # tokens of the last stripe that the one before it had
+        had = start + jnp.arange(cut.width) < number * cut.width
+        left_out = left_out | had.reshape(1, 1, 1, -1)
+    masked = jnp.where(left_out, -jnp.inf, logits)
+    largest = jnp.maximum(before.largest, masked.max(axis=-1))
+    scale = jnp.exp(before.largest - largest)
+    terms = jnp.exp(masked - largest[..., None])
+    total = before.total * scale + terms.sum(axis=-1)
+    if before.slope is None:
+        return Others(largest, total, None)
+    terms = (terms * slope_of_cap(cut, logits)).astype(hidden.dtype)
+    added = jnp.einsum(f"bstw,{axes(cut)}->tbsd", terms, matrix, preferred_element_type=jnp.float32)
+    slope = before.slope * jnp.moveaxis(scale, -1, 0)[..., None] + added
+    return Others(largest, total, slope)
+
+
+def split(cut: Cut, tree: Any) -> Any:
+    """Arrays [B, S, ...] in blocks: [n, B, s, ...]."""
+
+    def one(array: jax.Array) -> jax.Array:
+        return array.reshape(len(array), -1, cut.block, *array.shape[2:]).swapaxes(0, 1)
+
+    return jax.tree.map(one, tree)
+
+
+def join(array: jax.Array) -> jax.Array:
+    """Blocks [n, B, s, ...] in rows again: [B, S, ...]."""
+    joined = array.swapaxes(0, 1)
+    return joined.reshape(len(joined), -1, *array.shape[3:])
+
+
+def take(tree: Any, at: jax.Array) -> Any:
+    """A block of all arrays."""
+    return jax.tree.map(
+        lambda array: jax.lax.dynamic_index_in_dim(array, at, 0, keepdims=False), tree
+    )
+
+
+def over_blocks(
+    cut: Cut, blocks: jax.Array, name: str, of_block: Callable[[jax.Array, Any], Any], start: Any
+) -> Any:
+    """What the first `blocks` blocks, one after the other, make of `start`."""
+    if cut.only:
+        return of_block(jnp.int32(0), start)
+    with jax.named_scope(name):
+        return jax.lax.fori_loop(0, blocks, of_block, start)
 
 
 def find_softmax(others: Others, own: Own) -> Softmax:

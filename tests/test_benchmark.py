@@ -88,7 +88,7 @@ def test_flops_of_steps_are_of_each_batchs_shape_on_all_devices():
         return jitted.lower(state, batch["rows"]).compile()
 
     batches = [{"rows": np.ones((size, 4), np.float32)} for size in (8, 16, 8)]
-    stepper = benchmark_layouts.Stepper(jitted, compile, lambda batch: None, None, iter(()))
+    stepper = benchmark_layouts.Stepper(jitted, compile, lambda batch: {}, None, iter(()))
     state = jax.device_put(np.ones((4, 4), np.float32), sharding.replicated(mesh))
     placed = [jax.device_put(batch, sharding.rows(mesh)) for batch in batches]
     found = benchmark_layouts.count_flops(stepper, state, placed)

@@ -158,6 +158,16 @@ def test_of_rows_that_are_not_held_here_no_token_is_read_and_the_others_are_the_
     assert pack.fill(data, plan, part) == pack.fill(data, plan, whole)
 
 
+def test_mismatched_completions_are_scored_behind_all_others_of_their_row():
+    data = dataclasses.replace(HAND, names=("completion", "mismatched"))
+    batch = pack.pack(data, pack.Plan(2, 1, 0, (rows.Shape(1, 12, 9, 3),)), np.array([0, 1]))
+    assert batch["source"].tolist() == [[1, 2, 3, 6, 1, 6, 8, 0, 0]]
+    assert batch["target"].tolist() == [[21, 22, 23, 51, 31, 61, 62, 0, 0]]
+    assert batch["slot"].tolist() == [[1, 1, 1, 3, 2, 4, 4, 0, 0]]
+    # their place among the tokens stays
+    assert batch["branch"].tolist() == [[0, 0, 1, 1, 1, 2, 0, 1, 2, 2, 0, 0]]
+
+
 def test_a_row_without_examples_is_empty_throughout():
     shape = rows.Shape(rows=2, tokens=12, scored=9, examples=3)
     batch = pack.pack(HAND, pack.Plan(2, 2, 0, (shape,)), np.array([0]))

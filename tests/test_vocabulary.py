@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dpo_jax import config, sharding, vocabulary
+from dpo_jax.hlo import costs, text
 from dpo_jax.model import decoder
 
 
@@ -142,6 +143,68 @@ def stripes(monkeypatch) -> None:
 def test_values_and_gradients_are_those_of_all_logits(size, tied, cap, biased):
     case = draw(size, biased=biased)._replace(tied=tied, cap=cap)
     compare(find(case), oracle(case), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tied", "cap", "biased"), [(False, 2.0, True), (True, None, True), (True, 2.0, False)]
+)
+@pytest.mark.parametrize("filled", [0, 5, 8, 9, 12])
+def test_blocks_that_no_row_has_filled_are_left_out(filled, tied, cap, biased, monkeypatch):
+    # two blocks of 8 tokens of each row, the second of which is longer than the rows
+    monkeypatch.setattr(vocabulary, "BLOCK", 12)
+    case = draw(385, biased=biased)._replace(tied=tied, cap=cap)
+    case.cotangent[:, filled:] = 0
+    expected = oracle(case)
+
+    def run(matrix, hidden, bias, target, cotangent, filled):
+        def total(hidden, matrix, bias):
+            head = decoder.Head(matrix, bias, cap, tied)
+            found = vocabulary.token_logps(hidden, head, target, filled)
+            return jnp.sum(found * cotangent), found
+
+        wanted = (0, 1, 2) if biased else (0, 1)
+        return jax.value_and_grad(total, wanted, has_aux=True)(hidden, matrix, bias)
+
+    matrix = np.ascontiguousarray(case.matrix.T) if tied else case.matrix
+    arguments = matrix, case.hidden, case.bias, case.target, case.cotangent, np.int32(filled)
+    jitted: Any = jax.jit(run)
+    (_, logps), (hidden, found, *bias) = jitted(*arguments)
+    known = Found(logps[:, :filled], hidden, found.T if tied else found, bias[0] if bias else None)
+    compare(known, expected._replace(logps=expected.logps[:, :filled]), 1e-6)
+    assert np.isfinite(logps).all()
+    # four products of each block with each stripe, of which the last overlaps
+    program = text.parse(jitted.lower(*arguments).compile().as_text())
+    count = -(-filled // 8)
+    each = 2 * (2 * 8) * 16 * 4 * 128
+    lengths = {f"/{vocabulary.SCORED}/": count, f"/{vocabulary.TRAINED}/": count}
+    assert costs.flops(program, lengths) == 4 * count * each
+    assert costs.uncounted(program, lengths) == []
+
+
+def test_no_gradient_is_computed_of_blocks_behind_the_last_one_that_has_a_cotangent(monkeypatch):
+    monkeypatch.setattr(vocabulary, "BLOCK", 12)
+    case = draw(384)
+    head = decoder.Head(case.matrix)
+
+    def run(hidden, matrix):
+        found = vocabulary.token_logps(hidden, head._replace(matrix=matrix), case.target)
+        # as a loss that stops the gradient of some of them
+        return jnp.sum(found[:, :3] ** 2) + jnp.sum(jax.lax.stop_gradient(found[:, 3:]))
+
+    jitted: Any = jax.jit(jax.grad(run, (0, 1)))
+    hidden, matrix = jitted(case.hidden, case.matrix)
+    logps = oracle(case).logps
+    case.cotangent[:] = 0
+    case.cotangent[:, :3] = 2 * logps[:, :3]
+    expected = oracle(case)
+    np.testing.assert_allclose(hidden, expected.hidden, atol=1e-5)
+    np.testing.assert_allclose(matrix, expected.matrix, atol=1e-5)
+    assert not np.asarray(hidden)[:, 3:].any()
+    # the matrix's gradient is of one block of two, though both are scored
+    program = text.parse(jitted.lower(case.hidden, case.matrix).compile().as_text())
+    each = 2 * (2 * 8) * 16 * 3 * 128
+    assert costs.flops(program, {f"/{vocabulary.SCORED}/": 2}) == (2 * 2 + 2 * 1) * each
+    assert costs.uncounted(program, {f"/{vocabulary.SCORED}/": 2}) != []
 
 
 def rounded(array: np.ndarray) -> np.ndarray:
@@ -344,7 +407,7 @@ def test_the_stripes_of_each_tensor_shard_are_about_equal(monkeypatch):
     for size in (40, 2048, 50257, 50304):
         params = sharding.place({"embedding": np.zeros((size, 2), np.float32)}, mesh)
         head = decoder.Head(params["embedding"], is_embedding=True)
-        cuts[size] = vocabulary.make_cut(head)[:4]
+        cuts[size] = vocabulary.make_cut(head, (2, 12))[:4]
     expected = {
         40: (8, 5, 5, 1),
         2048: (8, 256, 256, 1),

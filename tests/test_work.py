@@ -73,7 +73,7 @@ def test_a_loop_reads_its_own_slices_and_keeps_what_the_chip_holds():
 
 def test_loops_of_unknown_length_run_as_often_as_is_said():
     unknown = text.parse(PROGRAM.replace('"known_trip_count":{"n":"5"}', ""))
-    times = {one.times for one in work.work(unknown, unknown_length=2.5)}
+    times = {one.times for one in work.work(unknown, {"": 2.5})}
     assert times == {2.5}
 
 

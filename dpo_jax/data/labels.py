@@ -64,7 +64,8 @@ def sorted_groups(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     _, firsts, groups = np.unique(digests, axis=0, return_index=True, return_inverse=True)
 
     def compare(one: int, other: int) -> int:
-        first, second = texts[firsts[one]], texts[firsts[other]]
+        first: str = texts[int(firsts[one])]
+        second: str = texts[int(firsts[other])]
         return (first > second) - (first < second)
 
     order = np.array(sorted(range(len(firsts)), key=functools.cmp_to_key(compare)))

@@ -249,7 +249,7 @@ def _fill(
     names: list[str] = sorted([*data.names, *([PROMPT] if scores_prompt else [])])
     length = {name: np.zeros(slots, np.int32) for name in names}
     for row, inside in enumerate(members):
-        at, at_scored = 0, 0
+        at, at_scored, found = 0, 0, []
         for local, example in enumerate(inside):
             slot = row * shape.examples + local
             index[slot], weight[slot] = example, 1.0
@@ -263,11 +263,15 @@ def _fill(
             for number, name in enumerate(names):
                 first, stop = spans[name]
                 length[name][slot] = stop - first
-                there = slice(at_scored, at_scored + stop - first)
-                scored["source"][row, there] = sources[name]
-                scored["target"][row, there] = data.tokens[first:stop]
-                scored["slot"][row, there] = local * len(names) + number + 1
-                at_scored = there.stop
+                found.append((name, local * len(names) + number + 1, first, stop, sources[name]))
+        # what has no gradient comes last, so that blocks of it are not differentiated
+        found.sort(key=lambda one: one[0] == tokenise.MISMATCHED)
+        for _, slot, first, stop, sources in found:
+            there = slice(at_scored, at_scored + stop - first)
+            scored["source"][row, there] = sources
+            scored["target"][row, there] = data.tokens[first:stop]
+            scored["slot"][row, there] = slot
+            at_scored = there.stop
     columns = {
         name: np.where(weight > 0, values[index], 0).astype(np.float32)
         for name, values in data.columns.items()

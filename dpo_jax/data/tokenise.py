@@ -39,6 +39,9 @@ FIELDS = (
 )
 
 
+# the completion of an unpaired example that another example's prompt got, of which no loss has a
+# gradient
+MISMATCHED = "mismatched"
 # the arrays beside the columns
 MAIN = ("tokens", "prompts", "completions")
 
@@ -218,7 +221,7 @@ def with_mismatched(made: Tokenised, prompts: Sequence[str], data: config.Data) 
     others = np.stack([others[:, 0], stops], axis=1)
     return dataclasses.replace(
         made,
-        names=("completion", "mismatched"),
+        names=("completion", MISMATCHED),
         completions=np.stack([made.completions[:, 0], others], axis=1),
         report={**made.report, "cut mismatched": cut},
     )

@@ -7,6 +7,7 @@ and look-ups are left out.
 
 import math
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from dpo_jax.hlo import loops, text
@@ -40,26 +41,25 @@ class Made(NamedTuple):
     op_name: str
 
 
-def flops(program: text.Program, *, unknown_length: float = 1) -> int:
+def flops(program: text.Program, lengths: Mapping[str, float] = loops.NONE) -> int:
     """FLOPs of one run on one device; what `uncounted` names is not in it.
 
-    A loop's body counts as often as it runs, `unknown_length` times where the program does not say
-    it, a conditional as its costliest branch.
+    A loop's body counts as often as it runs, where the program does not say it as `lengths` says
+    of a part of its name in the traced program, a conditional as its costliest branch.
     """
-    return round(flops_of(program, program.entry, unknown_length, {}))
+    return round(flops_of(program, program.entry, lengths, {}))
 
 
 def flops_of(
-    program: text.Program, name: str, unknown_length: float, known: dict[str, float]
+    program: text.Program, name: str, lengths: Mapping[str, float], known: dict[str, float]
 ) -> float:
     """FLOPs of one run of a computation; those `known` by name are not counted again."""
     if name not in known:
         computation, total = program.computations[name], 0.0
         for instruction in computation.instructions.values():
             called = [
-                (unknown_length if times is None else times)
-                * flops_of(program, callee, unknown_length, known)
-                for callee, times in loops.callees(program, computation, instruction)
+                (1 if times is None else times) * flops_of(program, callee, lengths, known)
+                for callee, times in loops.callees(program, computation, instruction, lengths)
             ]
             taken = max(called, default=0) if instruction.opcode == "conditional" else sum(called)
             total += taken + (flops_of_one(computation, instruction) or 0)
@@ -161,18 +161,18 @@ def custom_call(computation: text.Computation, instruction: text.Instruction) ->
     return int(estimate["flops"]) if "flops" in estimate else None
 
 
-def uncounted(program: text.Program) -> list[str]:
+def uncounted(program: text.Program, lengths: Mapping[str, float] = loops.NONE) -> list[str]:
     """What `flops` cannot count: a description of each, without repetition.
 
-    Loops whose trip count is not known, which count as if they ran once, and operations and calls
-    that may hold products.
+    Loops of which neither the program nor `lengths` says how often they run, which count as if they
+    ran once, and operations and calls that may hold products.
     """
     found = {}
     for place in loops.walk(program):
         computation, instruction = place.computation, place.instruction
         origin = f" ({instruction.op_name})" if instruction.op_name else ""
         if instruction.opcode == "while":
-            if loops.trip_count(program, computation, instruction) is None:
+            if loops.run_count(program, computation, instruction, lengths) is None:
                 found[f"loop {instruction.name} of unknown length{origin}"] = None
         elif flops_of_one(computation, instruction) is None:
             target = instruction.attributes.get("custom_call_target", "").strip('"')

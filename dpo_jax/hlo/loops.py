@@ -6,11 +6,14 @@ those are constants.
 
 import json
 import re
-from collections.abc import Iterator
+import types
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from dpo_jax.hlo import text
 
+# where nothing is known of loops whose length the program does not say
+NONE: Mapping[str, float] = types.MappingProxyType({})
 # what has another array's value where the value is a counter
 COPIES = ("copy", "convert", "bitcast", "reshape", "copy-start", "copy-done")
 ARITHMETIC = {
@@ -39,30 +42,33 @@ class Scope(NamedTuple):
     arguments: "tuple[tuple[Scope, str] | None, ...]"
 
 
-def walk(program: text.Program, *, unknown_length: float = 1) -> Iterator[Place]:
+def walk(program: text.Program, lengths: Mapping[str, float] = NONE) -> Iterator[Place]:
     """Every instruction that runs, callees before the instructions behind their call.
 
-    A computation that several instructions call comes several times. Loops of unknown length run
-    `unknown_length` times.
+    A computation that several instructions call comes several times. Loops whose length neither
+    the program nor `lengths` says run once.
     """
-    yield from _walk(program, program.entry, 1, unknown_length, fused=False)
+    yield from _walk(program, program.entry, 1, lengths, fused=False)
 
 
 def _walk(
-    program: text.Program, name: str, times: float, unknown: float, *, fused: bool
+    program: text.Program, name: str, times: float, lengths: Mapping[str, float], *, fused: bool
 ) -> Iterator[Place]:
     computation = program.computations[name]
     for instruction in computation.instructions.values():
-        for callee, count in callees(program, computation, instruction):
+        for callee, count in callees(program, computation, instruction, lengths):
             inside = fused or instruction.opcode == "fusion"
-            runs = times * (unknown if count is None else count)
-            yield from _walk(program, callee, runs, unknown, fused=inside)
+            runs = times * (1 if count is None else count)
+            yield from _walk(program, callee, runs, lengths, fused=inside)
         yield Place(computation, instruction, times, fused)
 
 
 def callees(
-    program: text.Program, computation: text.Computation, instruction: text.Instruction
-) -> list[tuple[str, int | None]]:
+    program: text.Program,
+    computation: text.Computation,
+    instruction: text.Instruction,
+    lengths: Mapping[str, float] = NONE,
+) -> list[tuple[str, float | None]]:
     """The computations that an instruction runs, and how often: None where it is not known.
 
     Not what is applied to single elements, as by reduce, sort and all-reduce.
@@ -70,7 +76,7 @@ def callees(
     attributes = instruction.attributes
     match instruction.opcode.removesuffix("-start"):
         case "while":
-            count = trip_count(program, computation, instruction)
+            count = run_count(program, computation, instruction, lengths)
             return [(name_of(attributes["body"]), count)]
         case "fusion":
             return [(name_of(attributes["calls"]), 1)]
@@ -94,6 +100,21 @@ def branches(instruction: text.Instruction) -> list[str]:
 def name_of(attribute: str) -> str:
     """The computation that an attribute names."""
     return attribute.strip().lstrip("%")
+
+
+def run_count(
+    program: text.Program,
+    computation: text.Computation,
+    loop: text.Instruction,
+    lengths: Mapping[str, float],
+) -> float | None:
+    """How often a loop's body runs: its trip count, or where that depends on what is computed, what
+    `lengths` says of a part of the loop's name in the traced program; else None.
+    """
+    count = trip_count(program, computation, loop)
+    if count is not None:
+        return count
+    return next((times for part, times in lengths.items() if part in loop.op_name), None)
 
 
 def trip_count(

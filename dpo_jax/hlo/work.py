@@ -3,7 +3,7 @@ memory and writes there.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from dpo_jax.hlo import collectives, costs, loops, text
@@ -29,13 +29,13 @@ class Work(NamedTuple):
     op_name: str
 
 
-def work(program: text.Program, *, unknown_length: float = 1) -> Iterator[Work]:
+def work(program: text.Program, lengths: Mapping[str, float] = loops.NONE) -> Iterator[Work]:
     """The work of all instructions that lie in no fusion; a fusion's is all that it does.
 
     What devices send each other is not in it, nor what lies in a memory of its own on the chip.
     """
     known: dict[str, float] = {}
-    for place in loops.walk(program, unknown_length=unknown_length):
+    for place in loops.walk(program, lengths):
         computation, instruction = place.computation, place.instruction
         if place.fused or instruction.opcode in FREE:
             continue
@@ -44,7 +44,7 @@ def work(program: text.Program, *, unknown_length: float = 1) -> Iterator[Work]:
         flops: float = costs.flops_of_one(computation, instruction) or 0
         if instruction.opcode == "fusion":
             (callee, _), *_ = loops.callees(program, computation, instruction)
-            flops = costs.flops_of(program, callee, unknown_length, known)
+            flops = costs.flops_of(program, callee, lengths, known)
         cycles = CYCLES.search(instruction.attributes.get("backend_config", ""))
         moved = moved_bytes(program, computation, instruction)
         yield Work(flops, moved, int(cycles[1]) if cycles else 0, place.times, instruction.op_name)
