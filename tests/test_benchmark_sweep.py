@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_jax import benchmark_sweep, config, losses
+from dpo_jax import benchmark, benchmark_sweep, config, losses
 from tests import tiny
 
 
@@ -45,10 +45,15 @@ def test_the_ratio_is_of_the_seconds_without_compiling():
     )
 
 
-def test_a_built_in_source_is_refused(tmp_path: Path):
+@pytest.mark.parametrize("given", ["data.source", "model.source"])
+def test_a_built_in_source_is_refused_by_both_races(folder: Path, given: str):
+    values = {"data.source": str(folder / "train.jsonl"), "model.source": "tiny"}
     run = config.Experiment(loss=config.Loss(losses.dpo), steps=1)
-    with pytest.raises(ValueError, match="give --data.source and --model.source"):
+    run = config.override(run, {given: values[given]})
+    with pytest.raises(ValueError, match="'builtin'.*give --data.source and --model.source"):
         benchmark_sweep.run(run, tiny.FILE, [])
+    with pytest.raises(ValueError, match="'builtin'.*give --data.source and --model.source"):
+        benchmark.run(run, tiny.FILE, [], benchmark.Settings())
 
 
 @pytest.mark.slow
