@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_jax import benchmark, benchmark_sweep, config, losses
+from dpo_jax import benchmark, benchmark_sweep, benchmark_worker, config, losses
 from tests import tiny
 
 
@@ -43,6 +43,19 @@ def test_the_ratio_is_of_the_seconds_without_compiling():
         "Without compiling, the sweep takes 0.800 of its points alone (at most 0.85 is wanted). "
         "Compiling saved apart from that: 2.0 s of 7.0. All in all it takes 0.778."
     )
+
+
+def test_a_process_is_timed_to_its_end_with_a_cache_of_its_own_and_its_failure_told(tmp_path: Path):
+    program = (
+        "import json, os, time; time.sleep(0.2); print('a line of its own'); "
+        f"print({benchmark_worker.ANSWER!r} + json.dumps("
+        "{'names': [os.environ['DPO_JAX_CACHE']], 'compiling': 0.5, 'steps': 2}))"
+    )
+    found = benchmark_sweep.time_process([sys.executable, "-c", program], str(tmp_path))
+    assert found[0] == [str(tmp_path / "cache")] and found[2:] == (0.5, 2) and found.wall > 0.2
+    command = [sys.executable, "-c", "print('the disk is full'); raise SystemExit(3)"]
+    with pytest.raises(ValueError, match="exit code 3; .*the disk is full"):
+        benchmark_sweep.time_process(command, str(tmp_path))
 
 
 @pytest.mark.parametrize("given", ["data.source", "model.source"])
