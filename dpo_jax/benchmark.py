@@ -178,6 +178,11 @@ def trimmed(experiment: config.Experiment, steps: int) -> config.Experiment:
             f"batch_tokens is {experiment.batch_tokens}, and every contender takes batch_size "
             "examples a step: leave it out"
         )
+    return without_extras(experiment, steps)
+
+
+def without_extras(experiment: config.Experiment, steps: int) -> config.Experiment:
+    """The run without evaluations, samples and schedule."""
     optimizer = dataclasses.replace(experiment.optimizer, schedule="constant", warmup_steps=0)
     data = dataclasses.replace(experiment.data, evaluation_source=None, held_out=0)
     return experiment.replace(

@@ -9,6 +9,8 @@ python -m scripts.benchmark --scaling [EXPERIMENT [flags of the run]] [--lengths
     lengths
 python -m scripts.benchmark --logps [--rounds 5]: log-probabilities from stripes of the vocabulary
     and from all logits
+python -m scripts.benchmark --flops EXPERIMENT [--json FILE] [flags of the run]: FLOPs of an epoch's
+    compiled steps against those needed at least; nothing is timed
 python -m scripts.benchmark --sweep EXPERIMENT [--json FILE] [flags of the run]: eight points over
     losses and betas, an epoch each, as a sweep and each alone
 """
@@ -60,6 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lengths", nargs="+", type=int)
     parser.add_argument("--examples", nargs="+", type=int)
     parser.add_argument("--figure")
+    parser.add_argument("--flops", action="store_true")
     parser.add_argument("--sweep", action="store_true")
     # of a contender, which this program starts itself
     parser.add_argument("--worker")
@@ -72,10 +75,19 @@ def make_parser() -> argparse.ArgumentParser:
 def race(
     own: argparse.Namespace, experiment: config.Experiment, file: Path, rest: list[str]
 ) -> None:
-    """Times contenders, or a sweep against its points, and prints the table."""
-    from dpo_jax import benchmark, benchmark_peers, benchmark_sweep, benchmark_table
+    """Times contenders, or a sweep against its points, or counts FLOPs, and prints the table."""
+    from dpo_jax import (
+        benchmark,
+        benchmark_counts,
+        benchmark_peers,
+        benchmark_sweep,
+        benchmark_table,
+    )
 
-    if own.sweep:
+    if own.flops:
+        record = benchmark_counts.run(experiment)
+        print(benchmark_counts.describe(record))
+    elif own.sweep:
         record = benchmark_sweep.run(experiment, file, rest)
         print(benchmark_sweep.describe(record))
     else:

@@ -1,6 +1,7 @@
 """What the benchmark counts and compares."""
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 
 from dpo_jax import (
+    assemble,
     benchmark,
+    benchmark_counts,
     benchmark_flops,
     benchmark_layouts,
     benchmark_logps,
@@ -107,6 +110,36 @@ def test_a_run_is_trimmed_to_its_steps(folder, tmp_path):
     assert (found.optimizer.warmup_steps, found.optimizer.schedule) == (0, "constant")
     assert (found.data.evaluation_source, found.data.held_out) == (None, 0)
     assert found.loss == run.loss and found.batch_size == run.batch_size
+
+
+def test_an_epochs_flops_are_those_of_its_steps_against_their_floor(folder, tmp_path):
+    run = tiny.experiment(folder, tmp_path)
+    record = benchmark_counts.run(run)
+    assert (record["steps"], record["batch_size"], record["uncounted"]) == (7, 8, [])
+    mesh = sharding.make_mesh(run.mesh, jax.devices())
+    stepper = benchmark_layouts.make_packed(benchmark.trimmed(run, benchmark.LONG_RUN), mesh)
+    batches = [batch for batch, _ in itertools.islice(stepper.batches, 7)]
+    assert {tuple(shape[:2]) for shape in record["shapes"]} == {
+        batch["tokens"].shape for batch in batches
+    }
+    tokens = sum(int((np.asarray(batch["example"]) > 0).sum()) for batch in batches)
+    assert record["fill"] == tokens / sum(batch["tokens"].size for batch in batches)
+    flops = benchmark_layouts.count_flops(stepper, stepper.state, batches)["flops"]
+    assert record["flops_per_useful_token"] == flops / tokens
+    data, plan, _ = assemble.assemble(benchmark.trimmed(run, benchmark.LONG_RUN), mesh)[0].train
+    floor = sum(
+        benchmark_flops.floor_flops(presets.PRESETS["tiny"], data, pack.examples(50, plan, step))
+        for step in range(7)
+    )
+    np.testing.assert_allclose(record["flops_over_floor"], flops / floor, rtol=1e-12)
+    assert "| 8 examples |" in benchmark_counts.describe(record)
+
+
+def test_an_epoch_of_batches_counted_in_tokens_is_counted_too(folder, tmp_path):
+    run = tiny.experiment(folder, tmp_path, batch_tokens=2048)
+    record = benchmark_counts.run(run)
+    assert record["batch_tokens"] == 2048 and record["flops_over_floor"] > 1
+    assert "| 2,048 tokens |" in benchmark_counts.describe(record)
 
 
 RECORD = {
