@@ -25,7 +25,7 @@ from dpo_jax import (
     sharding,
     train_step,
 )
-from dpo_jax.data import pack, tokenise, tokenizer
+from dpo_jax.data import pack, sides, tokenise, tokenizer
 from dpo_jax.model import config as model_config
 from dpo_jax.model import frozen, presets
 
@@ -74,9 +74,9 @@ def assemble(
     keeper = kept.Kept() if keeper is None else keeper
     found = inputs.load(experiment, mesh, keeper)
     processes.check_same(described(experiment, found))
-    print(f"training: {tokenise.describe(found.train.report)}")
+    print(f"training: {sides.describe(found.train.report)}")
     if found.held_out is not None:
-        print(f"held out: {tokenise.describe(found.held_out.report)}")
+        print(f"held out: {sides.describe(found.held_out.report)}")
     compiled: programs.Programs = keeper.all(
         programs.make, programs.form(experiment, found.initial, mesh)
     )

@@ -35,6 +35,7 @@ from dpo_jax import (
     flags,
     inputs,
     sharding,
+    task,
 )
 from dpo_jax.data import rows
 from dpo_jax.data import steps as data_steps
@@ -105,7 +106,10 @@ def run(
     arguments: Sequence[str],
     settings: Settings,
 ) -> dict[str, Any]:
-    """Times every contender; returns what `describe` prints, as JSON values."""
+    """Times every contender; returns what `describe` prints, as JSON values. ValueError for a
+    source that is built in.
+    """
+    refuse_built_in(experiment)
     steps = count_steps(settings)
     experiment = trimmed(experiment, steps)
     mesh = sharding.make_mesh(experiment.mesh, jax.devices())
@@ -150,6 +154,18 @@ def run(
         "matmul_flops_per_second": benchmark_layouts.matmul_rate(dtype),
         "results": [result._asdict() for result in results],
     }
+
+
+def refuse_built_in(experiment: config.Experiment) -> None:
+    """Raises ValueError for the built-in task, of which model and data are made by a training run
+    before its own.
+    """
+    if task.SOURCE in (experiment.data.source, experiment.model.source):
+        raise ValueError(
+            f"data.source is {experiment.data.source!r} and model.source "
+            f"{experiment.model.source!r}: the built-in task is not made for a benchmark; give "
+            "--data.source and --model.source, and --data.tokenizer where the model has none"
+        )
 
 
 def trimmed(experiment: config.Experiment, steps: int) -> config.Experiment:

@@ -27,7 +27,6 @@ from dpo_jax import (
     sharding,
     sweep,
     sweep_process,
-    task,
 )
 
 LOSSES: tuple[Callable, ...] = (losses.dpo, losses.ipo, losses.hinge, losses.robust)
@@ -68,11 +67,7 @@ def run(experiment: config.Experiment, file: Path, arguments: Sequence[str]) -> 
     """Times half of the points alone, the sweep, and the other half; returns what `describe`
     prints, as JSON values. ValueError for a source that is built in.
     """
-    if task.SOURCE in (experiment.data.source, experiment.model.source):
-        raise ValueError(
-            "the built-in task would be made again for every point: give --data.source and "
-            "--model.source, and --data.tokenizer where the model has none"
-        )
+    benchmark.refuse_built_in(experiment)
     mesh = sharding.make_mesh(experiment.mesh, jax.devices())
     examples = len(inputs.load(benchmark.trimmed(experiment, 1), mesh).train.prompts)
     steps = -(-examples // experiment.batch_size)

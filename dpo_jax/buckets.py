@@ -32,9 +32,14 @@ def write_lock(folder: str) -> list[str]:
     return [*STORAGE, "cp", "-", f"{folder}/{LOCK}", "--if-generation-match=0", "--quiet"]
 
 
+def cat(file: str) -> list[str]:
+    """The command that prints a file."""
+    return [*STORAGE, "cat", file]
+
+
 def read_lock(folder: str) -> list[str]:
     """The command that prints the lock."""
-    return [*STORAGE, "cat", f"{folder}/{LOCK}"]
+    return cat(f"{folder}/{LOCK}")
 
 
 def remove_lock(folder: str) -> list[str]:
@@ -64,6 +69,16 @@ def finished(folder: str) -> set[str]:
     if done.code != 0 and not queued_resources.is_missing(done.errors):
         raise Refused(f"{folder} cannot be read: {queued_resources.explain(done.errors)}")
     return {line.split("/")[-2] for line in done.output.splitlines() if line.endswith("/DONE")}
+
+
+def read(file: str) -> str | None:
+    """The content of a file; None where it is not there."""
+    done = ask(cat(file))
+    if done.code == 0:
+        return done.output
+    if queued_resources.is_missing(done.errors):
+        return None
+    raise Refused(f"{file} cannot be read: {queued_resources.explain(done.errors)}")
 
 
 @contextlib.contextmanager

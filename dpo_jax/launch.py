@@ -21,6 +21,7 @@ from types import FrameType
 from dpo_jax import (
     buckets,
     chips,
+    finished,
     flags,
     fleet,
     job_files,
@@ -92,6 +93,7 @@ def launch(own: argparse.Namespace, load: shipment.Shipment, points: Sequence[sw
     logs = Path(own.logs or flags.ROOT / "runs" / "launch" / resource.name)
     person = None if own.dry_run else buckets.who()
     done = set() if own.dry_run else buckets.finished(sweep_folder(load))
+    finished.check([point for point in points if point.name in done])
     left = [point for point in points if point.name not in done]
     jobs = make_jobs(own, left)
     count = min(own.resources, len(jobs))

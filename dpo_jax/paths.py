@@ -6,7 +6,9 @@ installed, and the usual OSError (FileNotFoundError, ...) where the file system 
 
 import contextlib
 import os
+import tempfile
 import uuid
+from collections.abc import Iterator
 from typing import IO, Any
 
 import fsspec
@@ -70,16 +72,30 @@ def write_bytes(path: str, content: bytes) -> None:
         # object stores publish an object only once it is complete
         system.pipe_file(name, content)
         return
-    os.makedirs(os.path.dirname(name), exist_ok=True)
-    temporary = f"{name}.{uuid.uuid4().hex}.tmp"
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[str]:
+    """The name of a local file, to be written bit by bit, which takes the path's place once it is
+    whole; where the block fails it is removed. For a path of another file system it lies in the
+    folder of temporary files ($TMPDIR).
+    """
+    system, name = locate(path)
+    is_here = isinstance(system, LocalFileSystem)
+    folder = os.path.dirname(name) if is_here else tempfile.gettempdir()
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f"{os.path.basename(name)}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-        os.replace(temporary, name)
-    except BaseException:
+        yield temporary
+        if is_here:
+            os.replace(temporary, name)
+        else:
+            system.put_file(temporary, name)
+    finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
-        raise
 
 
 def write_text(path: str, content: str) -> None:

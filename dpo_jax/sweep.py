@@ -212,7 +212,7 @@ def run(found: Sequence[Point], train: Callable[[config.Experiment, Path], None]
         print(f"[{number}/{len(found)}] {words[state]} {point.name}", flush=True)
         try:
             if state == "done":
-                refuse_another_run(point)
+                refuse_another_run(point, flags.load_run(str(point.experiment.workdir)))
             else:
                 train(point.experiment, point.experiment_file)
         except Exception as error:
@@ -223,18 +223,19 @@ def run(found: Sequence[Point], train: Callable[[config.Experiment, Path], None]
     return failures
 
 
-def refuse_another_run(point: Point) -> None:
-    """Raises ValueError where a finished folder holds a run of another config than the point's."""
-    folder = str(point.experiment.workdir)
-    differences = flags.compare(
-        flags.load_run(folder), origins.with_absolute_sources(point.experiment)
-    )
+def refuse_another_run(point: Point, found: config.Experiment) -> None:
+    """Raises ValueError where the point's folder holds a finished run of another config than the
+    point's.
+    """
+    differences = flags.compare(found, origins.with_absolute_sources(point.experiment))
     if "builtin" in (point.experiment.data.source, point.experiment.model.source):
         # the built-in task has put the files that it made in their place
         differences = [line for line in differences if not line.startswith(PREPARED)]
     if differences:
         listed = "; ".join(differences)
-        raise ValueError(f"{folder} holds a finished run of another config: {listed}")
+        raise ValueError(
+            f"{point.experiment.workdir} holds a finished run of another config: {listed}"
+        )
 
 
 def summary(failures: Sequence[Failure], total: int) -> str:

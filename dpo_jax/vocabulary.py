@@ -111,11 +111,11 @@ def token_logps(
         None if head.bias is None else head.bias.reshape(cut.parts, cut.size),
     )
     scored = target.shape[1]
-    filled = jnp.int32(scored) if filled is None else filled
+    filled = jnp.asarray(scored if filled is None else filled, jnp.int32)
     to_blocks = ((0, 0), (0, -scored % cut.block))
     hidden = jnp.pad(hidden, (*to_blocks, (0, 0)))
-    target = jnp.pad(target, to_blocks)
-    return scores(cut, hidden, weights, target, -(-filled // cut.block))[:, :scored]
+    found: Any = scores(cut, hidden, weights, jnp.pad(target, to_blocks), -(-filled // cut.block))
+    return found[:, :scored]
 
 
 def make_cut(head: decoder.Head, shape: tuple[int, ...]) -> Cut:
@@ -208,17 +208,14 @@ def scores_backward(cut: Cut, kept: Residuals, cotangent: jax.Array) -> tuple:
                 bias = bias + slope.sum(axis=(order.index("b"), order.index("s")))
             return Weights(before.matrix + found, bias)
 
-        def empty(leaf: jax.Array, axis: int) -> jax.Array:
-            shape = (*leaf.shape[:axis], cut.width, *leaf.shape[axis + 1 :])
-            return jnp.zeros(shape, jnp.float32)
-
-        at = Weights(axes(cut).index("w"), None if total.bias is None else 1)
-        found = over_blocks(cut, blocks, TRAINED, of_block, jax.tree.map(empty, total, at))
+        bias = None if total.bias is None else jnp.zeros((cut.parts, cut.width))
+        empty = Weights(jnp.zeros(matrix.shape, jnp.float32), bias)
+        found = over_blocks(cut, blocks, TRAINED, of_block, empty)
         # where stripes overlap, both have the same
         update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start)
-        return jax.tree.map(
-            lambda all, own, axis: update(all, own, axis=axis), total, found, at
-        ), None
+        bias = None if total.bias is None else update(total.bias, found.bias, axis=1)
+        axis = axes(cut).index("w")
+        return Weights(update(total.matrix, found.matrix, axis=axis), bias), None
 
     hidden = (cotangent[..., None] * kept.slope).astype(kept.hidden.dtype)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), kept.weights)
@@ -246,7 +243,8 @@ def sum_others(
         matrix = slice_matrix(cut, weights.matrix, start, hidden.dtype)
 
         def of_block(i: jax.Array, so_far: Others) -> Others:
-            added = add_others(cut, *take(tokens, i), weights.bias, matrix, number, take(so_far, i))
+            own = take(tokens, i)
+            added = add_others(cut, own, weights.bias, matrix, number, take(so_far, i))
             return jax.tree.map(lambda all, own: all.at[i].set(own), so_far, added)
 
         return over_blocks(cut, blocks, SCORED, of_block, before), None
@@ -258,19 +256,19 @@ def sum_others(
     slope = found.slope
     if slope is not None:
         slope = jnp.moveaxis(slope, 0, 2).reshape(cut.parts, *hidden.shape)
-    return Others(*(join(leaf) for leaf in (found.largest, found.total)), slope)
+    return Others(join(found.largest), join(found.total), slope)
 
 
 def add_others(
     cut: Cut,
-    hidden: jax.Array,
-    target: jax.Array,
+    tokens: tuple[jax.Array, jax.Array],
     bias: jax.Array | None,
     matrix: jax.Array,
     number: jax.Array,
     before: Others,
 ) -> Others:
-    """The sums of a block of tokens with a stripe added."""
+    """The sums of a block of tokens, hidden states and targets, with a stripe added."""
+    hidden, target = tokens
     start = place(cut, number)
     logits = stripe_logits(cut, hidden, matrix, bias, start, "bstw")
     left_out = stripe_ids(cut, start, "bstw") == target[..., None, None]

@@ -14,10 +14,21 @@ from dpo_jax.data import builtin, ladder, made_up, tokenise
 from tests import tiny
 
 # JAX_PLATFORMS=cuda (or tpu) with -m gpu (or tpu) runs the tests that need such a device
-jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
+PLATFORM = os.environ.get("JAX_PLATFORMS") or "cpu"
+jax.config.update("jax_platforms", PLATFORM)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", None)
+
+# Compiling is most of the tests' time. Without LLVM's optimisations it takes a fifth of it, and
+# XLA's own are all there. Processes that tests start inherit the flags; who sets XLA_FLAGS, if only
+# to nothing, has it otherwise (scripts/test.sh --all does).
+QUICK_TO_COMPILE = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
+if PLATFORM == "cpu":
+    os.environ.setdefault("XLA_FLAGS", QUICK_TO_COMPILE)
 
 CACHE_BYTES = 2**31
 SHAPES = ladder.MOST_SHAPES

@@ -253,6 +253,8 @@ def sweep(arguments: list[str]) -> None:
             with open(steps, "a") as file:
                 file.write(f"{step}\n")
             print(f"point {index} step {step} by {Path.cwd().parent.name}", flush=True)
+        shutil.copy(arguments[2], folder / "experiment.py")
+        (folder / "config.json").write_text(json.dumps(SCENARIO["configs"][index]))
         (folder / "DONE").touch()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_jax import benchmark_sweep, config, losses
+from dpo_jax import benchmark, benchmark_sweep, benchmark_worker, config, losses
 from tests import tiny
 
 
@@ -45,10 +45,28 @@ def test_the_ratio_is_of_the_seconds_without_compiling():
     )
 
 
-def test_a_built_in_source_is_refused(tmp_path: Path):
+def test_a_process_is_timed_to_its_end_with_a_cache_of_its_own_and_its_failure_told(tmp_path: Path):
+    program = (
+        "import json, os, time; time.sleep(0.2); print('a line of its own'); "
+        f"print({benchmark_worker.ANSWER!r} + json.dumps("
+        "{'names': [os.environ['DPO_JAX_CACHE']], 'compiling': 0.5, 'steps': 2}))"
+    )
+    found = benchmark_sweep.time_process([sys.executable, "-c", program], str(tmp_path))
+    assert found[0] == [str(tmp_path / "cache")] and found[2:] == (0.5, 2) and found.wall > 0.2
+    command = [sys.executable, "-c", "print('the disk is full'); raise SystemExit(3)"]
+    with pytest.raises(ValueError, match="exit code 3; .*the disk is full"):
+        benchmark_sweep.time_process(command, str(tmp_path))
+
+
+@pytest.mark.parametrize("given", ["data.source", "model.source"])
+def test_a_built_in_source_is_refused_by_both_races(folder: Path, given: str):
+    values = {"data.source": str(folder / "train.jsonl"), "model.source": "tiny"}
     run = config.Experiment(loss=config.Loss(losses.dpo), steps=1)
-    with pytest.raises(ValueError, match="give --data.source and --model.source"):
+    run = config.override(run, {given: values[given]})
+    with pytest.raises(ValueError, match="'builtin'.*give --data.source and --model.source"):
         benchmark_sweep.run(run, tiny.FILE, [])
+    with pytest.raises(ValueError, match="'builtin'.*give --data.source and --model.source"):
+        benchmark.run(run, tiny.FILE, [], benchmark.Settings())
 
 
 @pytest.mark.slow

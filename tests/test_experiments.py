@@ -194,8 +194,8 @@ def test_the_readmes_new_loss_runs_untouched_from_a_folder_of_its_own(folder: Pa
     assert experiment.loss.hyperparameters == {"beta": 0.3}
     base = tiny.experiment(folder, tmp_path / "run", steps=2, evaluate_every=None)
     train.train(base.replace(loss=experiment.loss), file)
-    # policy equals reference: relu(1 - 0)^2
-    assert tiny.metrics(tmp_path / "run")[1]["loss"] == pytest.approx(1.0)
+    # policy equals reference, but for the order in which two programs add up: relu(1 - 0)^2
+    assert tiny.metrics(tmp_path / "run")[1]["loss"] == pytest.approx(1.0, rel=1e-4)
     loaded = flags.load_run(str(tmp_path / "run"))
     assert loaded.loss.function.__name__ == "squared_hinge"
     record = json.loads((tmp_path / "run" / "config.json").read_text())

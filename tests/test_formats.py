@@ -21,8 +21,14 @@ def rows_of(*rows):
     return sources.Rows(list(rows), lambda i: f"rows.jsonl:{i + 1}")
 
 
+def examples(rows, data, kind):
+    """All of them, and the drops."""
+    drops = collections.Counter()
+    return list(formats.examples(rows, data, kind, drops)), dict(drops)
+
+
 def one(row, kind="pairs", **fields):
-    found, drops = formats.examples(rows_of(row), config.Data(**fields), kind)
+    found, drops = examples(rows_of(row), config.Data(**fields), kind)
     assert not drops and len(found) == 1
     return found[0]
 
@@ -33,9 +39,7 @@ def hh(*turns):
 
 def message_of(row, kind="pairs", **fields):
     with pytest.raises(ValueError) as error:
-        formats.examples(
-            rows_of(PAIR if "chosen" in row else row, row), config.Data(**fields), kind
-        )
+        examples(rows_of(PAIR if "chosen" in row else row, row), config.Data(**fields), kind)
     return str(error.value)
 
 
@@ -126,8 +130,8 @@ def test_text_before_the_first_turn_is_part_of_the_prompt():
 def test_odd_transcripts_are_bad_rows_counted_by_reason(chosen, rejected, reason):
     rows = rows_of({"chosen": hh(*chosen), "rejected": hh(*rejected)})
     with pytest.raises(ValueError, match="^rows.jsonl:1: .*--data.bad-rows drop"):
-        formats.examples(rows, config.Data(), "pairs")
-    found, drops = formats.examples(rows, config.Data(bad_rows="drop"), "pairs")
+        examples(rows, config.Data(), "pairs")
+    found, drops = examples(rows, config.Data(bad_rows="drop"), "pairs")
     assert found == [] and list(drops.values()) == [1] and reason in next(iter(drops))
 
 
@@ -142,13 +146,13 @@ def test_message_transcripts_part_after_their_common_messages_and_need_no_prompt
 def test_message_transcripts_that_share_no_message_have_no_prompt():
     rows = rows_of({"chosen": [USER, GOOD], "rejected": [{**USER, "content": "other"}, BAD]})
     with pytest.raises(ValueError, match="no common prompt"):
-        formats.examples(rows, config.Data(), "pairs")
+        examples(rows, config.Data(), "pairs")
 
 
 def test_transcripts_of_unlike_types_are_refused():
     rows = rows_of({"chosen": [USER, GOOD], "rejected": "\n\nHuman: hi\n\nAssistant: bad"})
     with pytest.raises(ValueError, match="'chosen' is of type list and 'rejected' of type str"):
-        formats.examples(rows, config.Data(), "pairs")
+        examples(rows, config.Data(), "pairs")
 
 
 @pytest.mark.parametrize(
@@ -169,7 +173,7 @@ def test_the_input_of_a_judged_row_follows_its_instruction():
 
 def test_ties_are_left_out_and_counted_and_are_no_bad_rows():
     rows = rows_of(JUDGED, *({**JUDGED, "preference": tie} for tie in (1.5, 0, 0.0)))
-    found, drops = formats.examples(rows, config.Data(bad_rows="error"), "pairs")
+    found, drops = examples(rows, config.Data(bad_rows="error"), "pairs")
     assert len(found) == 1 and drops == {"tie": 3}
 
 
@@ -186,7 +190,7 @@ def test_an_unpaired_row_keeps_its_label():
 
 
 def test_a_pair_gives_a_desirable_and_an_undesirable_example_of_the_same_row():
-    found, _ = formats.examples(rows_of(PAIR), config.Data(), "unpaired")
+    found, _ = examples(rows_of(PAIR), config.Data(), "unpaired")
     assert found == [
         ("p", {"completion": "c"}, True, "rows.jsonl:1", None),
         ("p", {"completion": "r"}, False, "rows.jsonl:1", None),
@@ -198,7 +202,7 @@ def test_sft_takes_text_and_chosen_sides_and_desirable_rows():
     assert one({"prompt": "p", "completion": "c"}, "sft")[:3] == ("p", {"completion": "c"}, None)
     assert one(PAIR, "sft")[:3] == ("p", {"completion": "c"}, None)
     rows = rows_of(UNPAIRED, {**UNPAIRED, "label": False})
-    found, drops = formats.examples(rows, config.Data(), "sft")
+    found, drops = examples(rows, config.Data(), "sft")
     assert [example.where for example in found] == ["rows.jsonl:1"] and drops == {"undesirable": 1}
 
 
@@ -218,7 +222,7 @@ def test_sft_of_messages_takes_the_assistants_answer():
 )
 def test_a_kind_that_a_form_cannot_give_is_refused(row, kind):
     with pytest.raises(ValueError) as error:
-        formats.examples(rows_of(row), config.Data(), kind)
+        examples(rows_of(row), config.Data(), kind)
     for part in ("rows.jsonl:1", f"kind {kind!r}", "data.examples", "rows of form pairs"):
         assert part in str(error.value)
 
@@ -340,10 +344,10 @@ def test_a_row_of_a_further_form_that_cannot_be_used_is_an_error_or_counted(
 ):
     good = {"triples": TRIPLE, "ranked": RANKED, "unpaired": UNPAIRED}[kind]
     with pytest.raises(ValueError) as error:
-        formats.examples(rows_of(good, row), config.Data(), kind)
+        examples(rows_of(good, row), config.Data(), kind)
     for part in ("rows.jsonl:2: ", "--data.bad-rows drop", *parts):
         assert part in str(error.value)
-    found, drops = formats.examples(rows_of(good, row), config.Data(bad_rows="drop"), kind)
+    found, drops = examples(rows_of(good, row), config.Data(bad_rows="drop"), kind)
     assert len(found) == 1 and drops == {reason: 1}
 
 
@@ -383,7 +387,7 @@ def test_a_pair_that_cannot_be_used_is_an_error_or_counted(row, reason, parts):
     for part in ("rows.jsonl:2: ", "--data.bad-rows drop", *parts):
         assert part in message
     data = config.Data(form="pairs", bad_rows="drop")
-    found, drops = formats.examples(rows_of(PAIR, row), data, "pairs")
+    found, drops = examples(rows_of(PAIR, row), data, "pairs")
     assert len(found) == 1 and drops == {reason: 1}
 
 
@@ -393,7 +397,7 @@ def test_a_label_that_is_no_bool_is_refused(label, kind):
     for part in ("rows.jsonl:1", f"'label' is {label!r}", f"type {kind}", "true or false", "drop"):
         assert part in message
     rows = rows_of(UNPAIRED, {**UNPAIRED, "label": label})
-    _, drops = formats.examples(rows, config.Data(bad_rows="drop"), "unpaired")
+    _, drops = examples(rows, config.Data(bad_rows="drop"), "unpaired")
     assert drops == {"label not a bool": 1}
 
 
@@ -407,7 +411,7 @@ def test_every_pair_of_hh_is_counted_and_gives_its_transcripts_back(shared):
     with gzip.open(path, "rt", encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
     rows = sources.read(path, "train")
-    found, drops = formats.examples(rows, config.Data(bad_rows="drop"), "pairs")
+    found, drops = examples(rows, config.Data(bad_rows="drop"), "pairs")
     assert len(found) + sum(drops.values()) == len(lines) == 1500
     assert drops == {"empty completion": 2}
     for example in found:
@@ -421,7 +425,7 @@ def test_every_pair_of_hh_is_counted_and_gives_its_transcripts_back(shared):
 
 def test_hh_prompts_end_at_the_last_assistant_marker_and_answers_keep_common_first_words(shared):
     rows = sources.read(str(shared / "data" / "hh_harmless_train.jsonl.gz"), "train")
-    found, _ = formats.examples(rows, config.Data(bad_rows="drop"), "pairs")
+    found, _ = examples(rows, config.Data(bad_rows="drop"), "pairs")
     by_line = {example.where: example for example in found}
     seen = collections.Counter()
     for i in range(len(rows)):
@@ -440,7 +444,7 @@ def test_hh_prompts_end_at_the_last_assistant_marker_and_answers_keep_common_fir
 def test_every_judged_row_is_counted_and_prefers_what_the_judge_does(shared):
     path = str(shared / "data" / "alpaca_eval_judged.jsonl.gz")
     rows = sources.read(path, "train")
-    found, drops = formats.examples(rows, config.Data(), "pairs")
+    found, drops = examples(rows, config.Data(), "pairs")
     assert drops == {"tie": 3} and len(found) == 1607
     for example in found:
         row = rows[int(example.where.rpartition(":")[2]) - 1]

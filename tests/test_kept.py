@@ -1,5 +1,7 @@
 """What is made once, and what is made again."""
 
+import weakref
+
 from dpo_jax import kept
 
 
@@ -29,6 +31,24 @@ def test_of_large_results_the_last_is_kept_for_each_function():
     assert keeper.last(make, 1, sign=-1) == [-1]
     assert keeper.last(make, 1) == [1]
     assert (make.asked, other.asked) == ([(1,), (1,), (1,)], [(3,)])
+
+
+def test_a_large_result_is_gone_before_the_next_one_of_its_function_is_made():
+    class Large:
+        pass
+
+    made, there = [], []
+
+    def make(number: int) -> Large:
+        there.append([one() is not None for one in made])
+        large = Large()
+        made.append(weakref.ref(large))
+        return large
+
+    keeper = kept.Kept()
+    for number in range(3):
+        keeper.last(make, number)
+    assert there == [[], [False], [False, False]]
 
 
 def test_what_could_not_be_made_is_asked_for_again():

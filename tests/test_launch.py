@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from dpo_jax import launch, sweep
+from dpo_jax import config, finished, flags, launch, sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["seed=0", "seed=1", "seed=2"]
@@ -58,11 +58,20 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def configs(project: Path) -> list[dict]:
+    """What the runs of the points have in config.json."""
+    file = project / "experiments" / "tiny.py"
+    changes = flags.load_module(file).sweep()
+    points = sweep.points(flags.load(file), changes, file, WORKDIR)
+    return [{"experiment": flags.to_json(point.experiment, file)} for point in points]
+
+
 class Cloud:
     """The folder of a fake Google, and the launchers that use it."""
 
-    def __init__(self, folder: Path, project: Path):
-        self.folder, self.project = folder, project
+    def __init__(self, folder: Path, project: Path, configs: list[dict]):
+        self.folder, self.project, self.configs = folder, project, configs
         (folder / "bin").mkdir()
         gcloud = folder / "bin" / "gcloud"
         fake = ROOT / "tests" / "fake_gcloud.py"
@@ -74,7 +83,8 @@ class Cloud:
 
     def plan(self, **scenario: Any) -> None:
         """Says what goes wrong."""
-        (self.folder / "scenario.json").write_text(json.dumps({"names": NAMES, **scenario}))
+        usual = {"names": NAMES, "configs": self.configs}
+        (self.folder / "scenario.json").write_text(json.dumps(usual | scenario))
 
     def start(self, *arguments: str, where: tuple[str, ...] = WHERE) -> subprocess.Popen:
         setup = f"mkdir -p .venv/bin && ln -sf {self.folder}/bin/gcloud .venv/bin/python"
@@ -119,8 +129,8 @@ class Cloud:
 
 
 @pytest.fixture
-def cloud(tmp_path: Path, project: Path) -> Cloud:
-    return Cloud(tmp_path, project)
+def cloud(tmp_path: Path, project: Path, configs: list[dict]) -> Cloud:
+    return Cloud(tmp_path, project, configs)
 
 
 def wait_until(happened: Callable[[], bool], process: subprocess.Popen) -> None:
@@ -146,6 +156,50 @@ def test_three_points_run_on_two_resources_which_are_gone_in_the_end(cloud):
     code, printed = cloud.launch("--resources", "2")
     assert (code, len(cloud.calls("create"))) == (0, 2)
     assert "points: 3, of which 0 are to be run: all have finished" in printed
+
+
+def test_a_finished_point_of_another_config_is_refused_before_anything_is_asked_for(cloud):
+    assert cloud.launch("--index", "1")[0] == 0
+    calls = len(cloud.calls("compute"))
+    code, printed = cloud.launch("--steps", "20")
+    folder = f"{WORKDIR}/tiny/seed=1"
+    assert code == 2
+    assert (
+        f"{folder} holds a finished run of another config: steps: 10 in the folder, 20" in printed
+    )
+    assert "seed=0" not in printed and "give another --workdir, or remove" in printed
+    (cloud.folder / "bucket" / "bucket" / "runs" / "tiny" / "seed=1" / "config.json").unlink()
+    code, printed = cloud.launch()
+    assert code == 2 and f"{folder} is no run folder: it has no config.json" in printed
+    assert len(cloud.calls("compute")) == calls and cloud.left() == []
+
+
+def test_a_finished_run_of_other_code_of_the_loss_is_another_run(project, configs, tmp_path):
+    file = project / "experiments" / "tiny.py"
+    point = sweep.points(flags.load(file), [{"seed": 0}], file, WORKDIR)[0]
+    (tmp_path / "config.json").write_text(json.dumps(configs[0]))
+    (tmp_path / "experiment.py").write_text(EXPERIMENT)
+    assert finished.another_run(point, tmp_path) is None
+    (tmp_path / "experiment.py").write_text(
+        EXPERIMENT.replace("return policy", "return 2 * policy")
+    )
+    reason = finished.another_run(point, tmp_path)
+    assert reason is not None and "the code of hinge has changed" in reason
+
+
+def test_folders_that_are_sent_are_the_same_on_a_worker(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "a").mkdir(parents=True)
+    given = config.override(
+        flags.load(ROOT / "experiments" / "dpo.py"),
+        {"model.source": "models/a", "reference.source": "models/a"},
+    )
+    there = config.override(
+        given, {"model.source": "/w/models/a", "reference.source": "/w/other/models/b"}
+    )
+    found = finished.as_here(there, given)
+    assert found.model.source == str(tmp_path / "models" / "a")
+    assert found.reference.source == "/w/other/models/b"
 
 
 def test_preempted_points_go_on_in_their_folders_on_a_new_resource(cloud):

@@ -72,6 +72,20 @@ def test_parquet_rows_are_plain_values_and_counted_from_zero(tmp_path):
     assert rows.where(1) == f"{path} row 1"
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "parquet"])
+def test_an_earlier_row_and_the_same_row_can_be_looked_up_again(tmp_path, suffix):
+    path, rows = tmp_path / f"a.{suffix}", [{"a": i} for i in range(600)]
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=250)
+    else:
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        path.write_bytes(gzip.compress(text) if suffix.endswith("gz") else text)
+    found = sources.read(str(path), "train")
+    assert len(found) == 600
+    assert [found[i] for i in (0, 7, 7, 3, 599, 0)] == [rows[i] for i in (0, 7, 7, 3, 599, 0)]
+    assert list(found.items) == rows
+
+
 def test_a_saved_dataset_needs_no_split_and_a_saved_dict_of_them_does(tmp_path):
     data = datasets.Dataset.from_list(ROWS)
     data.save_to_disk(str(tmp_path / "one"))

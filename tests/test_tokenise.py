@@ -1,12 +1,17 @@
+import gzip
 import json
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import tokenizers
 import transformers
 
 from dpo_jax import config, paths
-from dpo_jax.data import labels, sources, tokenise, tokenizer
+from dpo_jax.data import encode, labels, sides, sources, tokenise, tokenizer
 from dpo_jax.data.tokenizer import Tokenizer
 
 CHATML = (
@@ -240,6 +245,14 @@ def test_mismatch_is_a_function_of_the_seed():
     assert labels.mismatch(prompts, 1).tolist() != labels.mismatch(prompts, 2).tolist()
 
 
+def test_mismatch_goes_by_the_sorted_texts_and_not_by_where_they_stand():
+    texts = ["b", "a", "b", "c", "aa", "a"]
+    firsts, groups = labels.sorted_groups(texts)
+    assert firsts.tolist() == [1, 4, 0, 3] and groups.tolist() == [2, 0, 2, 3, 1, 0]
+    names, expected = np.unique(np.array(texts, object), return_inverse=True)
+    assert groups.tolist() == expected.tolist() and [texts[i] for i in firsts] == names.tolist()
+
+
 def test_a_prompt_of_more_than_half_of_the_examples_makes_mismatching_impossible(source):
     with pytest.raises(ValueError, match="2 of the 2 examples share the prompt.*p0"):
         train(source(pairs(1)), "unpaired")
@@ -441,6 +454,52 @@ def test_tokens_are_mapped_from_the_cache_and_not_held_in_memory(source):
         assert isinstance(found.tokens.base, np.memmap)
 
 
+def long_rows(count):
+    return [
+        {"prompt": f"{i} " + "p" * 1800, "chosen": f"c{i} " + "c" * 300, "rejected": "r" * 300}
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize(("kind", "held_out"), [("unpaired", 0), ("pairs", 10)])
+def test_making_rows_holds_a_small_part_of_them(source, monkeypatch, kind, held_out):
+    monkeypatch.setattr(encode, "CHUNK", 16)
+    words, peaks, sizes = make(), [], []
+    # what is imported and compiled the first time does not count
+    for count in (40, 40, 400):
+        path = source(long_rows(count), f"{count}.jsonl")
+        monkeypatch.setenv("DPO_JAX_CACHE", f"{path}-{len(peaks)}")
+        data = config.Data(source=path, held_out=held_out, max_length=4096)
+        tracemalloc.start()
+        found, _ = tokenise.load(data, words, kind)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        sizes.append(found.tokens.nbytes)
+    grown = peaks[2] - peaks[1]
+    assert sizes[2] - sizes[1] > 3_000_000 and grown < 0.1 * (sizes[2] - sizes[1])
+
+
+def test_a_run_that_is_stopped_while_it_makes_rows_leaves_nothing_behind(source, own_cache):
+    rows = [*pairs(3), {"prompt": "p"}]
+    with pytest.raises(ValueError, match="rows.jsonl:4"):
+        train(source(rows))
+    assert not [path for path in own_cache.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "parquet"])
+def test_the_same_rows_give_the_same_ids_whatever_file_they_lie_in(source, tmp_path, suffix):
+    plain = source(pairs(600))
+    path = tmp_path / f"copy.{suffix}"
+    if suffix == "parquet":
+        table = pyarrow.Table.from_pylist(pairs(600))
+        pyarrow.parquet.write_table(table, path, row_group_size=250)
+    else:
+        content = Path(plain).read_bytes()
+        path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    found, expected = (train(str(one), "unpaired", held_out=20)[0] for one in (path, plain))
+    assert found.fingerprint == expected.fingerprint and found.report == expected.report
+
+
 def test_the_cache_may_lie_on_another_file_system(source, monkeypatch):
     monkeypatch.setenv("DPO_JAX_CACHE", "memory://tokenised-cache")
     data = config.Data(source=source(pairs(3)))
@@ -459,7 +518,7 @@ def test_a_report_is_described_in_one_line():
         "examples": 8,
     }
     expected = "10 rows gave 8 examples; dropped 2 tie; cut 3 prompts; flipped 1 labels"
-    assert tokenise.describe(report) == expected
+    assert sides.describe(report) == expected
 
 
 @pytest.mark.parametrize("kind", ["pairs", "unpaired", "sft"])

@@ -6,7 +6,7 @@ completion.
 
 import collections
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -36,16 +36,17 @@ class Rendered(NamedTuple):
 
 
 def encode(
-    found: list[formats.Example], words: tokenizer.Tokenizer, data: config.Data, counts: Counts
-) -> list[Encoded]:
-    """Token ids of the examples; those dropped and cut are added to counts by reason."""
+    found: Iterable[formats.Example], words: tokenizer.Tokenizer, data: config.Data, counts: Counts
+) -> Iterator[Encoded]:
+    """Token ids of the examples, CHUNK of them at a time; those dropped and cut are added to counts
+    by reason.
+    """
     if data.max_prompt_length is not None and data.max_prompt_length >= data.max_length:
         raise ValueError(
             f"data.max_prompt_length is {data.max_prompt_length}; it must be below data.max_length "
             f"({data.max_length}), or no token of a completion fits"
         )
     counts.update({"cut prompts": 0, "cut completions": 0})
-    kept = []
     texts = render_all(found, words, data, counts)
     while chunk := list(itertools.islice(texts, CHUNK)):
         flat = [text for one in chunk for text in (one.prompt, *map(words.trim, one.completions))]
@@ -62,12 +63,11 @@ def encode(
             if fitted is not None:
                 prompt, completions = fitted
                 arrays = {name: np.asarray(part, np.int32) for name, part in completions.items()}
-                kept.append(Encoded(np.asarray(prompt, np.int32), arrays, one.example))
-    return kept
+                yield Encoded(np.asarray(prompt, np.int32), arrays, one.example)
 
 
 def render_all(
-    found: list[formats.Example], words: tokenizer.Tokenizer, data: config.Data, counts: Counts
+    found: Iterable[formats.Example], words: tokenizer.Tokenizer, data: config.Data, counts: Counts
 ) -> Iterator[Rendered]:
     """The texts of the examples; those that the chat template refuses are bad rows."""
     for example in found:

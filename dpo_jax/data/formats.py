@@ -20,9 +20,10 @@ Strings are joined as they stand: a space or newline between prompt and completi
 them. Where any part of a row is a list of messages, its strings become messages (user, assistant).
 """
 
+import collections
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from dpo_jax import config
@@ -67,9 +68,10 @@ class Tie(Exception):
 
 
 def examples(
-    rows: sources.Rows, data: config.Data, kind: str
-) -> tuple[list[Example], dict[str, int]]:
-    """The examples of a kind that the rows give, and how many rows gave none, by reason.
+    rows: sources.Rows, data: config.Data, kind: str, drops: collections.Counter[str]
+) -> Iterator[Example]:
+    """The examples of a kind that the rows give, read one after the other; rows that give none are
+    counted in drops, by reason.
 
     Two examples come of a pair where kind is unpaired, one after the other, with the same `where`.
     ValueError where the rows' form cannot give the kind, and for a row that cannot be used unless
@@ -81,28 +83,25 @@ def examples(
             f"{rows.where(0)}: rows of form {form!r} cannot give examples of kind {kind!r} "
             f"(data.examples), which need rows of form {' or '.join(GIVES[kind])}"
         )
-    found: list[Example] = []
-    drops: dict[str, int] = {}
+    first: Example | None = None
     for i in range(len(rows)):
         try:
-            row_examples = convert(PARSERS[form](rows[i]), kind, rows.where(i))
-            check_alike(found[:1] + row_examples)
-            found += row_examples
-            reason = None if row_examples else "undesirable"
+            found = convert(PARSERS[form](rows[i]), kind, rows.where(i))
+            if not found:
+                drops["undesirable"] += 1
+                continue
+            first = found[0] if first is None else first
+            check_alike(first, found[-1])
         except Tie:
-            reason = "tie"
+            drops["tie"] += 1
         except BadRow as error:
-            reason = refuse(error, rows.where(i), data)
-        if reason is not None:
-            drops[reason] = drops.get(reason, 0) + 1
-    return found, drops
+            drops[refuse(error, rows.where(i), data)] += 1
+        else:
+            yield from found
 
 
-def check_alike(found: list[Example]) -> None:
+def check_alike(first: Example, last: Example) -> None:
     """Raises BadRow where the last example has other completions or numbers than the first."""
-    if not found:
-        return
-    first, last = found[0], found[-1]
     if len(first.completions) != len(last.completions):
         raise BadRow(
             "another number of completions",

@@ -3,35 +3,27 @@
 Each draw has a generator of its own, seeded by data.seed, so that none shifts another.
 """
 
+import functools
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 
-from dpo_jax.data import formats, sources
+from dpo_jax.data import sources
 
 HELD_OUT, MISMATCHED, NOISE = 1, 2, 3
 
 
-def split(
-    found: list[formats.Example], held_out: int, seed: int
-) -> tuple[list[formats.Example], list[formats.Example]]:
-    """Examples to train on and those of held_out rows, in the order of the rows.
-
-    All examples of a row go to one side, and the same rows are held out whatever the kind of the
-    examples.
-    """
-    rows = list(dict.fromkeys(example.where for example in found))
-    if held_out >= len(rows):
+def held_out(rows: int, count: int, seed: int) -> np.ndarray:
+    """Which of the rows that can be used are held out, so many of them: bool [rows]."""
+    if count >= rows:
         raise ValueError(
-            f"data.held_out is {held_out} and only {len(rows)} rows can be used, so none is left "
+            f"data.held_out is {count} and only {rows} rows can be used, so none is left "
             "to train on; lower it"
         )
-    drawn = np.random.default_rng([seed, HELD_OUT]).permutation(len(rows))[:held_out]
-    held = {rows[i] for i in drawn}
-    return (
-        [example for example in found if example.where not in held],
-        [example for example in found if example.where in held],
-    )
+    held = np.zeros(rows, bool)
+    held[np.random.default_rng([seed, HELD_OUT]).permutation(rows)[:count]] = True
+    return held
 
 
 def mismatch(prompts: Sequence[str], seed: int) -> np.ndarray:
@@ -41,11 +33,11 @@ def mismatch(prompts: Sequence[str], seed: int) -> np.ndarray:
     examples of a prompt at random, and each takes the one that is further on by the size of the
     largest group.
     """
-    names, groups = np.unique(np.asarray(prompts, dtype=object), return_inverse=True)
+    firsts, groups = sorted_groups(prompts)
     sizes = np.bincount(groups)
     largest = int(sizes.max())
     if 2 * largest > len(prompts):
-        shared = sources.shorten(str(names[sizes.argmax()]))
+        shared = sources.shorten(prompts[firsts[sizes.argmax()]])
         raise ValueError(
             "kind unpaired (KTO) takes for each example the completion of another prompt, and "
             f"{largest} of the {len(prompts)} examples share the prompt {shared}; at most half "
@@ -57,6 +49,29 @@ def mismatch(prompts: Sequence[str], seed: int) -> np.ndarray:
     taken = np.empty(len(prompts), np.int64)
     taken[order] = np.roll(order, -largest)
     return taken
+
+
+def sorted_groups(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The groups of equal texts in sorted order: where each first stands, and of each text [N] the
+    number of its group.
+
+    Texts are looked up and not kept, since they may be more than memory holds.
+    """
+    digests = np.empty((len(texts), 2), np.uint64)
+    for i, text in enumerate(texts):
+        digest = hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
+        digests[i] = np.frombuffer(digest, np.uint64)
+    _, firsts, groups = np.unique(digests, axis=0, return_index=True, return_inverse=True)
+
+    def compare(one: int, other: int) -> int:
+        first: str = texts[int(firsts[one])]
+        second: str = texts[int(firsts[other])]
+        return (first > second) - (first < second)
+
+    order = np.array(sorted(range(len(firsts)), key=functools.cmp_to_key(compare)))
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    return firsts[order], place[groups.reshape(-1)]
 
 
 def flips(count: int, share: float, seed: int) -> np.ndarray:

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 
 from dpo_jax import config
-from dpo_jax.data import encode, formats, pack, sources, tokenise, tokenizer
+from dpo_jax.data import encode, formats, pack, sides, sources, tokenise, tokenizer
 
 # between tokens
 BAR = "|"
@@ -15,7 +15,7 @@ BAR = "|"
 def examples(data: config.Data, words: tokenizer.Tokenizer, count: int) -> str:
     """The source's first usable examples: every token, which are scored, and what was cut."""
     rows = sources.read(data.source, data.split)
-    found, _ = formats.examples(rows, data, data.examples)
+    found = formats.examples(rows, data, data.examples, collections.Counter())
     shown = (one for example in found if (one := describe(example, words, data)) is not None)
     return "\n\n".join(itertools.islice(shown, count))
 
@@ -23,10 +23,9 @@ def examples(data: config.Data, words: tokenizer.Tokenizer, count: int) -> str:
 def describe(example: formats.Example, words: tokenizer.Tokenizer, data: config.Data) -> str | None:
     """One example, a line a token sequence; None where it is dropped."""
     counts: collections.Counter[str] = collections.Counter()
-    kept = encode.encode([example], words, data, counts)
-    if not kept:
+    encoded = next(encode.encode([example], words, data, counts), None)
+    if encoded is None:
         return None
-    encoded = kept[0]
     cut = ", cut at its start" if counts["cut prompts"] else ""
     label = "" if example.desirable is None else f"  desirable: {example.desirable}"
     lines = [
@@ -63,7 +62,7 @@ def rows(data: tokenise.Tokenised, experiment: config.Experiment) -> str:
     plan = pack.plan_run(data, experiment, 1)
     fill = pack.fill(data, plan, pack.batch(data, plan, 0))
     return (
-        f"{tokenise.describe(data.report)}\n"
+        f"{sides.describe(data.report)}\n"
         f"{pack.describe(plan, len(data.prompts), experiment.steps)}\n"
         f"step 0 fills {fill['fill/tokens']:.0%} of its positions and "
         f"{fill['fill/scored']:.0%} of its scored positions"

@@ -1,13 +1,15 @@
 """Rows of a file, a folder or a dataset, each a dict of plain Python values."""
 
+import array
+import contextlib
 import difflib
 import gzip
 import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -15,6 +17,8 @@ from dpo_jax import paths
 from dpo_jax.data import hub
 
 FILES = (".jsonl", ".jsonl.gz", ".parquet")
+# bytes and rows that are read at a time
+BUFFER, BATCH = 1 << 16, 256
 KINDS = (
     "a .jsonl, .jsonl.gz or .parquet file (local, or gs:// with gcsfs), a folder that "
     "datasets.save_to_disk wrote, hf:NAME for the Hugging Face hub, or tfds:DIR for a prepared "
@@ -36,6 +40,29 @@ class Rows:
         if not 0 <= i < len(self):
             raise IndexError(i)
         return plain(self.items[i])
+
+
+class InOrder:
+    """Rows that are read from the first to the last, of which one is held; to look up an earlier
+    one begins anew.
+    """
+
+    def __init__(self, count: int, begin: Callable[[], Iterator[dict[str, Any]]]):
+        self.count = count
+        self.begin = begin
+        self.place, self.row, self.rest = -1, {}, begin()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        if not 0 <= i < self.count:
+            raise IndexError(i)
+        if i < self.place:
+            self.place, self.rest = -1, self.begin()
+        while self.place < i:
+            self.place, self.row = self.place + 1, next(self.rest)
+        return self.row
 
 
 class Line(NamedTuple):
@@ -102,24 +129,39 @@ def fingerprint(source: str, split: str) -> str:
 def hash_file(path: str, digest: Any) -> None:
     """Feeds a file's bytes to a hash."""
     with paths.open(path) as file:
-        while block := file.read(1 << 22):
+        while block := file.read(BUFFER):
             digest.update(block)
 
 
 def read_jsonl(path: str) -> Rows:
     """The objects of a JSONL file, gzipped where its name says so; blank lines count as lines."""
-    content = read_file(path)
-    if path.endswith(".gz"):
-        try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path}: not a complete gzip file ({error})") from None
-    lines = []
-    # split at newlines only: JSON text may hold U+2028 and others that str.splitlines splits at
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if line.strip():
-            lines.append(Line(parse(line, f"{path}:{number}"), number))
-    return Rows([line.row for line in lines], lambda i: f"{path}:{lines[i].number}")
+    check_file(path)
+    # every line is parsed once, so that a wrong one is named before anything is made of the others
+    numbers = array.array("q", (line.number for line in read_lines(path)))
+    rows = InOrder(len(numbers), lambda: (line.row for line in read_lines(path)))
+    return Rows(rows, lambda i: f"{path}:{numbers[i]}")
+
+
+def read_lines(path: str) -> Iterator[Line]:
+    """The lines of a JSONL file that are not blank."""
+    with paths.open(path) as file, unzipped(file, path) as lines:
+        # split at newlines only: JSON text may hold U+2028 and others that str.splitlines splits at
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield Line(parse(line, f"{path}:{number}"), number)
+
+
+@contextlib.contextmanager
+def unzipped(file: IO[bytes], path: str) -> Iterator[IO[bytes]]:
+    """The file, or what is in it where its name says that it is gzipped."""
+    if not path.endswith(".gz"):
+        yield file
+        return
+    try:
+        with gzip.open(file) as inner:
+            yield cast(IO[bytes], inner)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: not a complete gzip file ({error})") from None
 
 
 def parse(line: bytes, where: str) -> dict[str, Any]:
@@ -142,15 +184,32 @@ def read_parquet(path: str) -> Rows:
     import pyarrow
     import pyarrow.parquet
 
+    check_file(path)
+
+    def begin() -> Iterator[dict[str, Any]]:
+        try:
+            # with a buffer, pages are read as they are needed and not columns of a row group
+            with (
+                paths.open(path) as file,
+                pyarrow.parquet.ParquetFile(file, buffer_size=BUFFER) as table,
+            ):
+                for batch in table.iter_batches(BATCH):
+                    yield from batch.to_pylist()
+        except pyarrow.ArrowInvalid as error:
+            raise ValueError(f"{path}: not a Parquet file ({error})") from None
+
     try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(read_file(path)))
+        with paths.open(path) as file:
+            count = pyarrow.parquet.read_metadata(file).num_rows
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path}: not a Parquet file ({error})") from None
-    return Rows(table.to_pylist(), lambda i: f"{path} row {i}")
+    return Rows(InOrder(count, begin), lambda i: f"{path} row {i}")
 
 
-def read_file(path: str) -> bytes:
-    """A file's bytes; ValueError that names the nearest file where it is absent or empty."""
+def check_file(path: str) -> None:
+    """Raises ValueError that names the nearest file where this one is absent, or that it is
+    empty.
+    """
     if not paths.exists(path):
         folder, name = path.rpartition("/")[::2]
         others = [
@@ -159,10 +218,11 @@ def read_file(path: str) -> bytes:
         close = difflib.get_close_matches(name, others, n=1)
         hint = f"; did you mean {paths.join(folder, close[0])}?" if close else ""
         raise ValueError(f"{path}: no such file{hint}")
-    content = paths.read_bytes(path)
-    if not content.strip():
-        raise ValueError(f"{path}: the file is empty")
-    return content
+    with paths.open(path) as file:
+        while block := file.read(BUFFER):
+            if block.strip():
+                return
+    raise ValueError(f"{path}: the file is empty")
 
 
 def read_saved(folder: str, split: str) -> Rows:

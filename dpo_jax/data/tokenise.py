@@ -1,20 +1,26 @@
 """A source of rows -> token ids, computed once and kept under a hash of all that they depend on.
 
+Rows are read, tokenised and written one after the other, so that they may be more than memory
+holds; what is kept of each until the end are its lengths and labels.
+
 Dimensions: T tokens, N examples, C completions of each.
 """
 
+import array
 import collections
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Callable
-from typing import Any
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from dpo_jax import config, paths, tables
-from dpo_jax.data import encode, formats, labels, sources
+from dpo_jax.data import encode, formats, growing, labels, sides, sources
 from dpo_jax.data.tokenizer import Tokenizer
 
 # of the files' layout and of the rules by which a row gets its ids: raise it when one changes
@@ -60,13 +66,15 @@ class Tokenised:
     report: dict[str, int]
 
 
-@dataclasses.dataclass(frozen=True)
-class Side:
-    """The examples of one side, training or held out, and what is known of them so far."""
+class Beside(NamedTuple):
+    """What is kept of the examples beside their token ids."""
 
-    examples: list[formats.Example]
-    report: dict[str, int]
-    label_noise: float = 0.0
+    names: list[str]
+    # tokens of the prompt and of each completion: int32, 1 + C an example
+    lengths: array.array
+    # float32 each, none where the rows have no such number
+    desirable: array.array
+    density_ratios: array.array
 
 
 def load(
@@ -84,12 +92,15 @@ def load(
             f"data.label_noise is {data.label_noise}, and examples of kind sft have no label to "
             "flip; set it to 0"
         )
-    names = ["train", "held_out"] if wants_held_out(data) else ["train"]
+    names = ["train", "held_out"] if sides.wants_held_out(data) else ["train"]
     make = functools.partial(tokenise, data=data, words=tokenizer, kind=kind, mismatched=mismatched)
+
+    def make_all(files: Sequence[str]) -> None:
+        for file, one in zip(files, sides.sides(data, kind).values(), strict=True):
+            make(file, one)
+
     stored = kind if mismatched else f"{kind} alone"
-    train, *held_out = through_cache(
-        data, tokenizer, stored, names, lambda: [make(one) for one in sides(data, kind).values()]
-    )
+    train, *held_out = through_cache(data, tokenizer, stored, names, make_all)
     return train, held_out[0] if held_out else None
 
 
@@ -98,7 +109,7 @@ def load_pairs_for_evaluation(data: config.Data, tokenizer: Tokenizer) -> Tokeni
 
     A run on unpaired examples measures preference accuracy on them.
     """
-    if not wants_held_out(data):
+    if not sides.wants_held_out(data):
         return None
     source, split = (data.evaluation_source, data.evaluation_split)
     if source is None:
@@ -106,8 +117,8 @@ def load_pairs_for_evaluation(data: config.Data, tokenizer: Tokenizer) -> Tokeni
     if formats.form_of(sources.read(source, split), data) not in formats.PAIRED:
         return None
 
-    def make() -> list[Tokenised]:
-        return [tokenise(evaluation_side(data, "pairs"), data, tokenizer, "pairs")]
+    def make(files: Sequence[str]) -> None:
+        tokenise(files[0], sides.evaluation_side(data, "pairs"), data, tokenizer, "pairs")
 
     return through_cache(data, tokenizer, "pairs", ["pairs"], make)[0]
 
@@ -126,119 +137,108 @@ def select(data: Tokenised, names: set[str]) -> Tokenised:
     )
 
 
-def describe(report: dict[str, int]) -> str:
-    """A report in one line."""
-    parts = [f"{report['rows']} rows gave {report['examples']} examples"]
-    for verb in ("dropped", "cut", "flipped"):
-        counts = [
-            f"{count} {name.removeprefix(verb).strip()}"
-            for name, count in report.items()
-            if name.startswith(verb) and count
-        ]
-        if counts:
-            parts.append(f"{verb} {', '.join(counts)}")
-    return "; ".join(parts)
-
-
-def wants_held_out(data: config.Data) -> bool:
-    """Whether the config asks for held-out examples; ValueError where it asks for them twice."""
-    if data.evaluation_source is not None and data.held_out:
-        raise ValueError(
-            f"data.held_out is {data.held_out} and data.evaluation_source is "
-            f"{data.evaluation_source!r}; held-out examples come from one of them: set "
-            "data.held_out to 0 or leave out the other"
-        )
-    return data.evaluation_source is not None or data.held_out > 0
-
-
-def sides(data: config.Data, kind: str) -> dict[str, Side]:
-    """The examples of each side that the config asks for, not yet tokenised."""
-    train = read_side(data.source, data.split, data, kind)
-    train = dataclasses.replace(train, label_noise=data.label_noise)
-    if data.evaluation_source is not None:
-        return {"train": train, "held_out": evaluation_side(data, kind)}
-    if not data.held_out:
-        return {"train": train}
-    kept, held = labels.split(train.examples, data.held_out, data.seed)
-    report = {**train.report, "rows": train.report["rows"] - data.held_out}
-    return {
-        "train": Side(kept, report, data.label_noise),
-        "held_out": Side(held, {"rows": data.held_out}),
-    }
-
-
-def evaluation_side(data: config.Data, kind: str) -> Side:
-    """The held-out examples, not yet tokenised; the source is read only where they lie in it."""
-    if data.evaluation_source is None:
-        return sides(data, kind)["held_out"]
-    return read_side(data.evaluation_source, data.evaluation_split, data, kind)
-
-
-def read_side(source: str, split: str, data: config.Data, kind: str) -> Side:
-    """All examples of a source."""
-    rows = sources.read(source, split)
-    found, drops = formats.examples(rows, data, kind)
-    report = {"rows": len(rows), **{f"dropped {name}": count for name, count in drops.items()}}
-    check_some(found, report, source)
-    return Side(found, report)
-
-
 def tokenise(
-    side: Side, data: config.Data, words: Tokenizer, kind: str, mismatched: bool = True
-) -> Tokenised:
-    """The token ids of one side, with mismatched completions and label noise."""
-    counts = collections.Counter(side.report)
-    kept = encode.encode(side.examples, words, data, counts)
-    where = side.examples[0].where
-    check_some(kept, counts, f"{where} and after")
-    counts["examples"] = len(kept)
-    names = tuple(sorted(kept[0].completions))
-    tokens, prompts, completions = lay_out(kept, names)
-    columns = {}
-    if kind == "unpaired":
-        columns["desirable"] = np.array([one.example.desirable for one in kept], np.float32)
-        if kept[0].example.density_ratio is not None:
-            ratios = [one.example.density_ratio for one in kept]
-            columns["density_ratio"] = np.array(ratios, np.float32)
-    if kind == "unpaired" and mismatched:
-        texts = [json.dumps(one.example.prompt) for one in kept]
-        others = completions[labels.mismatch(texts, data.seed), 0]
-        room = data.max_length - (prompts[:, 1] - prompts[:, 0])
-        stops = np.minimum(others[:, 1], others[:, 0] + room)
-        counts["cut mismatched"] = int((stops < others[:, 1]).sum())
-        others = np.stack([others[:, 0], stops], axis=1)
-        completions = np.stack([completions[:, 0], others], axis=1)
-        names = ("completion", MISMATCHED)
-    if side.label_noise:
-        flipped = labels.flips(len(kept), side.label_noise, data.seed)
-        counts["flipped labels"] = int(flipped.sum())
-        if kind == "unpaired":
-            columns["desirable"] = np.where(flipped, 1 - columns["desirable"], columns["desirable"])
-        else:
-            # in the order of their names: chosen [, gold], rejected; the best to the worst
-            completions = np.where(flipped[:, None, None], completions[:, ::-1], completions)
-    spans = {"prompts": prompts, "completions": completions}
-    fingerprint = content_hash(names, {"tokens": tokens, **spans, **columns})
+    path: str,
+    side: sides.Side,
+    data: config.Data,
+    words: Tokenizer,
+    kind: str,
+    mismatched: bool = True,
+) -> None:
+    """Writes the token ids of one side, with mismatched completions and label noise, as `store`
+    does.
+    """
+    drops, counts = collections.Counter(), collections.Counter()
+    found = side.read(drops)
+    first = next(found, None)
+    if first is None:
+        raise sides.nothing_left(side.source, sides.report(side, drops))
+    kept = encode.encode(itertools.chain([first], found), words, data, counts)
+    with (
+        paths.replacing(f"{path}.tokens.npy") as file,
+        growing.Texts(os.path.dirname(file)) as prompts,
+    ):
+        takes_others = kind == "unpaired" and mismatched
+        beside = write_tokens(file, kept, prompts if takes_others else None)
+        report = sides.report(side, drops)
+        # not update(), which would leave out the names of what is 0 at once
+        for name, count in counts.items():
+            report[name] += count
+        if not beside.lengths:
+            raise sides.nothing_left(f"{first.where} and after", report)
+        made = lay_out(np.load(file, mmap_mode="r"), beside, report)
+        if takes_others:
+            made = with_mismatched(made, prompts, data)
+        if side.label_noise:
+            made = with_noise(made, side.label_noise, data.seed)
+        fingerprint = content_hash(made.names, arrays_of(made))
+    store(path, dataclasses.replace(made, fingerprint=fingerprint))
+
+
+def write_tokens(
+    file: str, kept: Iterable[encode.Encoded], prompts: growing.Texts | None
+) -> Beside:
+    """Writes the tokens of all examples, end to end, and adds the prompts to those texts."""
+    beside = Beside([], *map(array.array, "iff"))
+    with growing.column(file, np.int32) as append:
+        for one in kept:
+            beside.names[:] = beside.names or sorted(one.completions)
+            parts = [one.prompt, *(one.completions[name] for name in beside.names)]
+            append(np.concatenate(parts))
+            beside.lengths.extend(map(len, parts))
+            if one.example.desirable is not None:
+                beside.desirable.append(one.example.desirable)
+            if one.example.density_ratio is not None:
+                beside.density_ratios.append(one.example.density_ratio)
+            if prompts is not None:
+                prompts.append(json.dumps(one.example.prompt))
+    return beside
+
+
+def lay_out(tokens: np.ndarray, beside: Beside, report: dict[str, int]) -> Tokenised:
+    """The examples of tokens [T] that lie end to end; without a fingerprint yet."""
+    lengths = np.asarray(beside.lengths).reshape(-1, 1 + len(beside.names))
+    stops = lengths.cumsum(dtype=np.int64).reshape(lengths.shape)
+    spans = np.stack([stops - lengths, stops], axis=-1)  # [N, 1 + C, 2]
+    columns = {"desirable": beside.desirable, "density_ratio": beside.density_ratios}
     return Tokenised(
-        names, tokens, **spans, columns=columns, fingerprint=fingerprint, report=dict(counts)
+        names=tuple(beside.names),
+        tokens=tokens,
+        prompts=spans[:, 0],
+        completions=spans[:, 1:],
+        columns={name: np.asarray(values) for name, values in columns.items() if values},
+        fingerprint="",
+        report={**report, "examples": len(lengths)},
     )
 
 
-def lay_out(
-    kept: list[encode.Encoded], names: tuple[str, ...]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens [T] end to end, and the spans of prompts [N, 2] and completions [N, C, 2] in them."""
-    parts = [part for one in kept for part in (one.prompt, *(one.completions[n] for n in names))]
-    stops = np.cumsum([len(part) for part in parts], dtype=np.int64)
-    starts = np.concatenate([np.zeros(1, np.int64), stops[:-1]])
-    spans = np.stack([starts, stops], axis=1).reshape(len(kept), 1 + len(names), 2)
-    return np.concatenate(parts), spans[:, 0].copy(), spans[:, 1:].copy()
+def with_mismatched(made: Tokenised, prompts: Sequence[str], data: config.Data) -> Tokenised:
+    """The examples with a completion of another prompt each, cut where it is too long for this."""
+    others = made.completions[labels.mismatch(prompts, data.seed), 0]
+    room = data.max_length - (made.prompts[:, 1] - made.prompts[:, 0])
+    stops = np.minimum(others[:, 1], others[:, 0] + room)
+    cut = int((stops < others[:, 1]).sum())
+    others = np.stack([others[:, 0], stops], axis=1)
+    return dataclasses.replace(
+        made,
+        names=("completion", MISMATCHED),
+        completions=np.stack([made.completions[:, 0], others], axis=1),
+        report={**made.report, "cut mismatched": cut},
+    )
 
 
-def check_some(found: list[Any], report: dict[str, int], source: str) -> None:
-    """Raises ValueError where no example is left."""
-    if not found:
-        raise ValueError(f"{source}: no example is left; {describe({**report, 'examples': 0})}")
+def with_noise(made: Tokenised, share: float, seed: int) -> Tokenised:
+    """The examples with this share of their labels flipped."""
+    flipped = labels.flips(len(made.prompts), share, seed)
+    report = {**made.report, "flipped labels": int(flipped.sum())}
+    if "desirable" in made.columns:
+        desirable = made.columns["desirable"]
+        columns = {**made.columns, "desirable": np.where(flipped, 1 - desirable, desirable)}
+        return dataclasses.replace(made, columns=columns, report=report)
+    # in the order of their names: chosen [, gold], rejected; the best to the worst
+    own = made.completions
+    turned = np.where(flipped[:, None, None], own[:, ::-1], own)
+    return dataclasses.replace(made, completions=turned, report=report)
 
 
 def content_hash(names: tuple[str, ...], arrays: dict[str, np.ndarray]) -> str:
@@ -257,22 +257,23 @@ def through_cache(
     words: Tokenizer,
     kind: str,
     names: list[str],
-    make: Callable[[], list[Tokenised]],
+    make: Callable[[Sequence[str]], None],
 ) -> list[Tokenised]:
-    """What the cache holds under these names, or else what is made now, which is then kept.
+    """What the cache holds under these names, or else what is made there now, a file each.
 
-    Either way it is what the cache holds, which on this machine's disk is mapped into memory: pages
-    that are read can be dropped again, so that the rows may be more than memory holds.
+    On this machine's disk it is mapped into memory: pages that are read can be dropped again, so
+    that the rows may be more than memory holds.
     """
     folder = paths.join(paths.cache_folder(), "tokenised", cache_key(data, words, kind))
     files = [paths.join(folder, name) for name in names]
     found = [one for one in map(stored, files) if one is not None]
     if len(found) == len(files):
         return found
-    made = make()
-    for file, one in zip(files, made, strict=True):
-        store(file, one)
-    return [stored(file) or one for file, one in zip(files, made, strict=True)]
+    make(files)
+    found = [one for one in map(stored, files) if one is not None]
+    if len(found) < len(files):
+        raise ValueError(f"{folder}: what was written there just now is not what can be read there")
+    return found
 
 
 def cache_key(data: config.Data, words: Tokenizer, kind: str) -> str:
@@ -289,11 +290,18 @@ def cache_key(data: config.Data, words: Tokenizer, kind: str) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def arrays_of(one: Tokenised) -> dict[str, np.ndarray]:
+    """All arrays by the names of their files."""
+    return {name: getattr(one, name) for name in MAIN} | one.columns
+
+
 def store(path: str, one: Tokenised) -> None:
-    """Writes path.<array>.npy for each array, then path.json."""
-    arrays = {name: getattr(one, name) for name in MAIN} | one.columns
-    for name, array in arrays.items():
-        paths.write_bytes(f"{path}.{name}.npy", tables.as_bytes(array))
+    """Writes path.<array>.npy for each array but the tokens, which are there, then path.json."""
+    arrays = arrays_of(one)
+    for name, values in arrays.items():
+        if name != "tokens":
+            with paths.replacing(f"{path}.{name}.npy") as file, open(file, "wb") as out:
+                np.save(out, values)
     header = {"names": one.names, "fingerprint": one.fingerprint, "report": one.report}
     paths.write_text(f"{path}.json", json.dumps({**header, "arrays": list(arrays)}))
 
