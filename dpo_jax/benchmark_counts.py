@@ -1,4 +1,4 @@
-"""FLOPs of a run's compiled steps over an epoch, against those that it needs at least; nothing is
+"""FLOPs of a run's compiled steps over an epoch, against those that it needs at least; no step is
 run.
 """
 
@@ -22,11 +22,13 @@ def run(experiment: config.Experiment) -> dict[str, Any]:
     The floor is `benchmark_flops.floor_flops`; FLOPs are those of the compiled programs, with
     loops counted as they run on each batch.
     """
+    benchmark.refuse_built_in(experiment)
     experiment = benchmark.without_extras(experiment, benchmark.LONG_RUN)
     mesh = sharding.make_mesh(experiment.mesh, jax.devices())
     assembled, state = assemble.assemble(experiment, mesh)
     model, (data, plan, _) = assembled.initial.model, assembled.train
-    has_reference = experiment.reference.source is not None
+    has_reference = assemble.has_live_reference(experiment)
+    is_adapter = experiment.lora.rank is not None
     programs: dict[tuple[int, ...], text.Program] = {}
     flops = floor = useful = positions = scored = scored_positions = 0.0
     uncounted, steps, seen = set(), 0, 0
@@ -42,7 +44,7 @@ def run(experiment: config.Experiment) -> dict[str, Any]:
         uncounted |= set(costs.uncounted(programs[shape], lengths))
         chosen = batch["index"][batch["weight"] > 0]
         floor += benchmark_flops.floor_flops(
-            model.config, data, chosen, has_reference=has_reference
+            model.config, data, chosen, has_reference=has_reference, is_adapter=is_adapter
         )
         found = rows.sizes(data, plan.scores_prompt, chosen)
         useful, scored = useful + found.tokens.sum(), scored + found.scored.sum()

@@ -14,19 +14,22 @@ def floor_flops(
     chosen: np.ndarray,
     *,
     has_reference: bool = True,
+    is_adapter: bool = False,
 ) -> float:
     """FLOPs that a step with a live reference needs at least: each distinct token once through the
     layers, each scored one once through the head, each pair of tokens that see each other once
     through attention; three times for the policy, whose gradient costs two, and once for the
-    reference, if there is one. Mismatched completions have no gradient.
+    reference, if there is one. Of an adapter, the base's weights have no gradient, which then
+    costs one. Mismatched completions have none.
     """
+    trained = 2 if is_adapter else 3
     prompts = (data.prompts[chosen, 1] - data.prompts[chosen, 0]).astype(float)
     answers = (data.completions[chosen, :, 1] - data.completions[chosen, :, 0]).astype(float)
-    total = (3 + has_reference) * forward_flops(
+    total = (trained + has_reference) * forward_flops(
         shape, prompts.sum(), 0, (prompts * (prompts + 1) / 2).sum()
     )
     for name, tokens in zip(data.names, answers.T, strict=True):
-        passes = has_reference + (1 if name == tokenise.MISMATCHED else 3)
+        passes = has_reference + (1 if name == tokenise.MISMATCHED else trained)
         pairs = (tokens * prompts + tokens * (tokens + 1) / 2).sum()
         total += passes * forward_flops(shape, tokens.sum(), tokens.sum(), pairs)
     return float(total)

@@ -215,18 +215,19 @@ def loop_lengths(model: decoder.Decoder, batch: dict, microbatches: int = 1) -> 
     names: over a block of queries' blocks of keys, and over blocks of scored tokens.
     """
     slot, names = np.asarray(batch["slot"]), sorted(batch["length"])
+    partly_trained = tokenise.MISMATCHED in names
     trained = (slot > 0) & (np.array(names)[(slot - 1) % len(names)] != tokenise.MISMATCHED)
     return {
         "/attention/": mean_pairs(model, batch),
-        f"/{vocabulary.SCORED}/": mean_blocks(slot > 0, microbatches),
-        f"/{vocabulary.TRAINED}/": mean_blocks(trained, microbatches),
+        f"/{vocabulary.SCORED}/": mean_blocks(slot > 0, microbatches, partly_trained),
+        f"/{vocabulary.TRAINED}/": mean_blocks(trained, microbatches, partly_trained),
     }
 
 
-def mean_blocks(wanted: np.ndarray, microbatches: int) -> float:
+def mean_blocks(wanted: np.ndarray, microbatches: int, partly_trained: bool) -> float:
     """Blocks up to the last scored token [B, S] that is wanted, of a microbatch on one device."""
     rows, scored = wanted.shape
-    size = vocabulary.block_size(rows // microbatches, scored)
+    size = vocabulary.block_size(rows // microbatches, scored, partly_trained)
     filled = np.where(wanted, np.arange(1, scored + 1), 0).max(axis=1)
     # as `train_step.split` has them
     fullest = filled.reshape(-1, microbatches).max(axis=0)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_jax import buckets, config, flags, functions, origins, sweep
+from dpo_jax import buckets, config, flags, functions, origins, paths, shipment, sweep
 
 # programs of gcloud's side by side
 READERS = 8
@@ -73,9 +73,11 @@ def as_here(found: config.Experiment, given: config.Experiment) -> config.Experi
 
 
 def path_here(found: Any, given: str | None) -> Any:
-    """The given path from this machine's root, where it is also the end of the one that was
-    found.
+    """The given path from this machine's root, where the one that was found is the same in the
+    folder to which code is sent.
     """
-    if found and given and found.endswith(f"/{os.path.normpath(given)}"):
+    if not found or not given or not paths.is_local(found):
+        return found
+    if found.endswith(f"/{shipment.FOLDER}/{os.path.normpath(given)}"):
         return origins.absolute(given)
     return found

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax import vocabulary
-from dpo_jax.data import pack
+from dpo_jax.data import pack, tokenise
 from dpo_jax.model import attention, decoder, layers, sequence
 
 # logits held at once, over all devices: 128 MiB in float32
@@ -71,7 +71,14 @@ def score(
     ends = jnp.where(batch["slot"] > 0, jnp.arange(1, batch["slot"].shape[1] + 1), 0)
     shards = sequence.shard_count(hidden.shape, where)
     by_token = token_values(
-        hidden, head, batch["target"], places, statistics, ends.max(), shards=shards
+        hidden,
+        head,
+        batch["target"],
+        places,
+        statistics,
+        ends.max(),
+        shards=shards,
+        partly_trained=tokenise.MISMATCHED in names,
     )
     by_completion = {
         name: sum_slots(values, batch["slot"], slots_of_row).reshape(-1, len(names))  # [N, C]
@@ -119,17 +126,19 @@ def token_values(
     filled: jax.Array | None = None,
     *,
     shards: int = 1,
+    partly_trained: bool = False,
 ) -> dict[str, jax.Array]:
     """Log-probability (under TOTAL) and statistics of each scored token: float32 [B, S] each.
 
     No row has filled more than the first `filled` tokens, int32 [], or all may be; what is given
-    for others means nothing.
+    for others means nothing. `partly_trained`: the last of them have no gradient.
 
     Statistics read whole rows of logits: chunks of S, whose logits the backward pass computes
     again, bound what is held at once. S lies on so many shards.
     """
     if places is None:
-        return {TOTAL: vocabulary.token_logps(hidden, head, target, filled)}
+        logp = vocabulary.token_logps(hidden, head, target, filled, partly_trained=partly_trained)
+        return {TOTAL: logp}
     rows, scored, _ = hidden.shape
     count = chunk_count(rows * shards, scored // shards, decoder.vocabulary_size(head))
     head = head._replace(matrix=head.matrix.astype(hidden.dtype))

@@ -225,12 +225,13 @@ def useful_flops(step: abstract_step.Step) -> float:
     data = step.examples.data
     chosen = np.arange(min(len(data.prompts), 4096))
     tokens = float(rows.sizes(data, indices=chosen).tokens.sum())
-    shape = step.model.config
-    alone = benchmark_flops.floor_flops(shape, data, chosen, has_reference=False)
-    forward = benchmark_flops.floor_flops(shape, data, chosen) - alone
-    # without gradients of the base's weights, a backward pass costs one forward one
-    needed = alone - (0 if step.experiment.lora.rank is None else forward)
-    needed += forward if assemble.has_live_reference(step.experiment) else 0
+    needed = benchmark_flops.floor_flops(
+        step.model.config,
+        data,
+        chosen,
+        has_reference=assemble.has_live_reference(step.experiment),
+        is_adapter=step.experiment.lora.rank is not None,
+    )
     return needed * abstract_step.useful_tokens(step) / tokens
 
 
@@ -265,9 +266,11 @@ def advise(step: abstract_step.Step, memory: Mapping[str, float]) -> list[str]:
             f"{each // experiment.microbatches} at once"
         )
     if each == experiment.microbatches:
-        temporaries.append(
-            f"--mesh.sequence {2 * sizes['sequence']}: the tokens of a row on more devices"
-        )
+        if sizes["fsdp"] % 2 == 0:
+            temporaries.append(
+                f"--mesh.fsdp {sizes['fsdp'] // 2} --mesh.sequence {2 * sizes['sequence']} "
+                f"--microbatches {2 * experiment.microbatches}: half of a row's tokens on a device"
+            )
     if sizes["tensor"] < step.model.config.key_value_heads:
         temporaries.append(
             f"--mesh.tensor {2 * sizes['tensor']}: heads, hidden units and logits in more shards"

@@ -29,8 +29,9 @@ STRIPE = 2048
 # widths of stripes are multiples of this, as matrix units have them
 MULTIPLE = 128
 # blocks of scored tokens, at most, and tokens of one over all rows, at least: smaller ones would
-# leave more out, in products too small for the machine
-BLOCKS, BLOCK = 8, 128
+# leave more out, in products that are too small for a CPU. Where whole completions have no
+# gradient, smaller ones pay.
+BLOCKS, BLOCK, PARTLY_TRAINED_BLOCK = 8, 512, 240
 # parts of the names of the loops over them: of logits, and of their gradients
 SCORED, TRAINED = "scored_blocks", "trained_blocks"
 # below any logit and, unlike -inf, not nan when subtracted from itself
@@ -97,15 +98,21 @@ class Residuals(NamedTuple):
 
 
 def token_logps(
-    hidden: jax.Array, head: decoder.Head, target: jax.Array, filled: jax.Array | None = None
+    hidden: jax.Array,
+    head: decoder.Head,
+    target: jax.Array,
+    filled: jax.Array | None = None,
+    *,
+    partly_trained: bool = False,
 ) -> jax.Array:
     """log p(target) of each scored token: hidden [B, S, D], target [B, S] -> float32 [B, S].
 
     Products are in hidden's type and summed in float32. An id outside the vocabulary gives nan. Of
     rows of which only the first tokens are wanted, `filled` says how many are at most, int32 []:
-    what is given for others means nothing.
+    what is given for others means nothing. `partly_trained` says that the last ones have no
+    gradient.
     """
-    cut = make_cut(head, target.shape)
+    cut = make_cut(head, target.shape, partly_trained=partly_trained)
     weights = Weights(
         head.matrix.reshape(whole_shape(cut, hidden.shape[-1])),
         None if head.bias is None else head.bias.reshape(cut.parts, cut.size),
@@ -118,7 +125,7 @@ def token_logps(
     return found[:, :scored]
 
 
-def make_cut(head: decoder.Head, shape: tuple[int, ...]) -> Cut:
+def make_cut(head: decoder.Head, shape: tuple[int, ...], *, partly_trained: bool = False) -> Cut:
     """One part for each tensor shard, where the vocabulary divides over them, and otherwise one,
     as `sharding.parameters` has it; stripes of about equal width. Blocks for targets of a shape
     [B, S].
@@ -132,14 +139,15 @@ def make_cut(head: decoder.Head, shape: tuple[int, ...]) -> Cut:
     width = min(-(-size // (count * MULTIPLE)) * MULTIPLE, STRIPE, size)
     rows, scored = shape
     # Of many devices the fullest row of all would decide, and hardly anything would be left out.
-    block = block_size(rows, scored) if mesh.size <= 1 else scored
+    block = block_size(rows, scored, partly_trained) if mesh.size <= 1 else scored
     is_only = block == scored
     return Cut(parts, size, width, count, head.is_embedding, head.cap, mesh, block, is_only)
 
 
-def block_size(rows: int, scored: int) -> int:
+def block_size(rows: int, scored: int, partly_trained: bool) -> int:
     """Scored tokens of a row in a block, where one device has all rows."""
-    blocks = min(max(rows * scored // BLOCK, 1), BLOCKS)
+    least = PARTLY_TRAINED_BLOCK if partly_trained else BLOCK
+    blocks = min(max(rows * scored // least, 1), BLOCKS)
     return min(-(-scored // (blocks * 8)) * 8, scored)
 
 

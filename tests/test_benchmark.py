@@ -67,6 +67,9 @@ def test_the_floor_counts_each_distinct_token_scored_token_and_visible_pair_once
     assert benchmark_flops.floor_flops(shape, data, chosen) == 4 * forward
     found = benchmark_flops.floor_flops(shape, data, chosen, has_reference=False)
     assert found == 3 * forward
+    # of an adapter's base no weight has a gradient
+    found = benchmark_flops.floor_flops(shape, data, chosen, is_adapter=True)
+    assert found == 3 * forward
 
 
 def test_the_floor_has_no_gradient_of_mismatched_completions(draw_examples):

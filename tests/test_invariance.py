@@ -25,7 +25,7 @@ from dpo_jax import (
     train_step,
     vocabulary,
 )
-from dpo_jax.data import pack
+from dpo_jax.data import fold, pack
 from dpo_jax.model import decoder
 from dpo_jax.model.presets import PRESETS
 
@@ -90,6 +90,8 @@ class Way(NamedTuple):
     accumulate: Callable = train_step.whole
     packed: bool = True
     cached: bool = False
+    # whether rows' tokens stand in another order than the packer's
+    folded: bool = False
 
 
 class Result(NamedTuple):
@@ -157,7 +159,10 @@ def make_batch(data, mesh: jax.sharding.Mesh, way: Way) -> dict:
     if not way.packed:
         shape = plan.ladder[-1]._replace(rows=EXAMPLES, examples=1)
         plan = dataclasses.replace(plan, ladder=(shape,))
-    batch = pack.batch(data, plan, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fold, "CHUNK", 4 if way.folded else fold.CHUNK)
+        batch = pack.batch(data, plan, 0)
+    assert way.folded == bool((np.diff(batch["position"]) > 1).any())
     assert batch["weight"].sum() == EXAMPLES
     assert (batch["example"].max() > 1) == way.packed
     return batch
@@ -186,7 +191,10 @@ WAYS = {
     "sequence 4, fsdp 2": Way(config.Mesh(fsdp=2, sequence=4)),
     "sequence 4, tensor 2": Way(config.Mesh(fsdp=1, sequence=4, tensor=2)),
     "data 2, fsdp 2, sequence 2": Way(config.Mesh(data=2, fsdp=2, sequence=2)),
-    "fsdp 2, sequence 2, tensor 2": Way(config.Mesh(fsdp=2, sequence=2, tensor=2)),
+    "fsdp 2, sequence 2, tensor 2": Way(config.Mesh(fsdp=2, sequence=2, tensor=2), folded=True),
+    "sequence 2, 2 microbatches": Way(
+        config.Mesh(fsdp=1, sequence=2), 2, train_step.make_microbatched(2)
+    ),
     "2 microbatches": Way(microbatches=2, accumulate=train_step.make_microbatched(2)),
     "4 microbatches": Way(microbatches=4, accumulate=train_step.make_microbatched(4)),
     "2 microbatches in two passes": Way(microbatches=2, accumulate=train_step.make_two_pass(2)),

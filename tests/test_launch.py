@@ -195,11 +195,14 @@ def test_folders_that_are_sent_are_the_same_on_a_worker(tmp_path, monkeypatch):
         {"model.source": "models/a", "reference.source": "models/a"},
     )
     there = config.override(
-        given, {"model.source": "/w/models/a", "reference.source": "/w/other/models/b"}
+        given,
+        {"model.source": "/w/dpo_jax/models/a", "reference.source": "/w/dpo_jax/x/models/a"},
     )
     found = finished.as_here(there, given)
     assert found.model.source == str(tmp_path / "models" / "a")
-    assert found.reference.source == "/w/other/models/b"
+    assert found.reference.source == "/w/dpo_jax/x/models/a"
+    in_a_bucket = config.override(given, {"model.source": "gs://b/dpo_jax/models/a"})
+    assert finished.as_here(in_a_bucket, given).model.source == "gs://b/dpo_jax/models/a"
 
 
 def test_preempted_points_go_on_in_their_folders_on_a_new_resource(cloud):

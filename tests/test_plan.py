@@ -147,6 +147,9 @@ def test_what_does_not_fit_comes_with_numbers_and_advice(planned, cpus, tmp_path
         for line in advice
     )
     assert any(line.startswith("--reference.cached") for line in advice)
+    assert any(
+        line.startswith("--mesh.fsdp 2 --mesh.sequence 2 --microbatches 2:") for line in advice
+    )
     large = plan.advise(step, memory | {"temporaries": 1e12})
     assert large[0].startswith("--model.remat full")
     record = {**planned, "fits": False, "error": "out of memory", "advice": advice}

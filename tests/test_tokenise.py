@@ -307,6 +307,17 @@ def test_label_noise_means_nothing_for_sft_and_is_refused(source):
         train(source(pairs(2)), "sft", label_noise=0.5)
 
 
+def test_unpaired_rows_that_are_trained_on_as_sft_give_their_texts_alone(source):
+    unpaired = [
+        {"prompt": f"p{i}", "completion": f"c{i}", "label": i % 2 == 0, "density_ratio": 0.5}
+        for i in range(6)
+    ]
+    data, _ = train(source(unpaired), "sft")
+    assert (data.names, data.columns) == (("completion",), {})
+    alone = [{name: row[name] for name in ("prompt", "completion")} for row in unpaired[::2]]
+    assert train(source(alone, "alone.jsonl"), "sft")[0].fingerprint == data.fingerprint
+
+
 def test_held_out_rows_are_drawn_by_seed_and_kept_from_training(source):
     path, words = source(pairs(20)), make()
     drawn = {}

@@ -160,7 +160,7 @@ def unzipped(file: IO[bytes], path: str) -> Iterator[IO[bytes]]:
     try:
         with gzip.open(file) as inner:
             yield cast(IO[bytes], inner)
-    except (OSError, EOFError, zlib.error) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not a complete gzip file ({error})") from None
 
 

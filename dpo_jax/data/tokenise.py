@@ -159,7 +159,7 @@ def tokenise(
         growing.Texts(os.path.dirname(file)) as prompts,
     ):
         takes_others = kind == "unpaired" and mismatched
-        beside = write_tokens(file, kept, prompts if takes_others else None)
+        beside = write_tokens(file, kept, kind, prompts if takes_others else None)
         report = sides.report(side, drops)
         # not update(), which would leave out the names of what is 0 at once
         for name, count in counts.items():
@@ -176,9 +176,11 @@ def tokenise(
 
 
 def write_tokens(
-    file: str, kept: Iterable[encode.Encoded], prompts: growing.Texts | None
+    file: str, kept: Iterable[encode.Encoded], kind: str, prompts: growing.Texts | None
 ) -> Beside:
-    """Writes the tokens of all examples, end to end, and adds the prompts to those texts."""
+    """Writes the tokens of all examples, end to end, and adds the prompts to those texts. Only
+    unpaired examples keep their numbers: rows of that form may be trained on in another way.
+    """
     beside = Beside([], *map(array.array, "iff"))
     with growing.column(file, np.int32) as append:
         for one in kept:
@@ -186,9 +188,9 @@ def write_tokens(
             parts = [one.prompt, *(one.completions[name] for name in beside.names)]
             append(np.concatenate(parts))
             beside.lengths.extend(map(len, parts))
-            if one.example.desirable is not None:
+            if kind == "unpaired" and one.example.desirable is not None:
                 beside.desirable.append(one.example.desirable)
-            if one.example.density_ratio is not None:
+            if kind == "unpaired" and one.example.density_ratio is not None:
                 beside.density_ratios.append(one.example.density_ratio)
             if prompts is not None:
                 prompts.append(json.dumps(one.example.prompt))
