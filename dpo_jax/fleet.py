@@ -230,6 +230,10 @@ async def attend(resource: Resource, job: Job, work: Work) -> None:
     except (Lost, Unreachable) as error:
         put_back(job, str(error), work)
         raise Lost(str(error)) from None
+    except Refused as error:
+        # gcloud does not tell what has become of the resource: others may run the job
+        put_back(job, str(error), work)
+        raise
     if code == 0:
         job.outcome = "done"
     elif code == TERMINATED:

@@ -85,6 +85,8 @@ def nodes_of(name: str) -> list[str]:
 
 
 def describe_node(name: str, arguments: list[str]) -> None:
+    if "node_error" in SCENARIO:
+        stop(f"ERROR: (gcloud.compute.tpus.tpu-vm.describe) {SCENARIO['node_error']}")
     if not (ROOT / "vm" / name).exists():
         stop("ERROR: (gcloud.compute.tpus.tpu-vm.describe) NOT_FOUND: not found")
     is_gone = (ROOT / "vm" / name / "preempted").exists()

@@ -236,6 +236,15 @@ def test_a_point_runs_on_several_slices_together_and_goes_on_after_one_is_preemp
 
 
 @pytest.mark.slow
+def test_a_point_waits_where_gcloud_does_not_tell_what_has_become_of_its_slices(cloud):
+    cloud.plan(errors={"0": "row 7 has no chosen"}, node_error="PERMISSION_DENIED: ask for a role")
+    code, printed = cloud.launch("--slices", "2", "--index", "0")
+    assert code == 1 and cloud.left() == []
+    assert "given up: " in printed
+    assert "not finished: 0 seed=0\n      ERROR: (gcloud.compute.tpus.tpu-vm.describe)" in printed
+
+
+@pytest.mark.slow
 def test_a_users_error_on_several_slices_is_not_tried_again(cloud):
     cloud.plan(errors={"0": "row 7 has no chosen"})
     code, printed = cloud.launch("--slices", "2", "--index", "0")
