@@ -24,8 +24,9 @@ jax.config.update("jax_compilation_cache_dir", None)
 # XLA's own are all there. Processes that tests start inherit the flags; who sets XLA_FLAGS, if only
 # to nothing, has it otherwise (scripts/test.sh --all does).
 QUICK_TO_COMPILE = (
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-    "--xla_cpu_parallel_codegen_split_count=1"
+    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    # XLA ends the process for a flag that it does not know
+    + (" --xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else "")
 )
 if PLATFORM == "cpu":
     os.environ.setdefault("XLA_FLAGS", QUICK_TO_COMPILE)
