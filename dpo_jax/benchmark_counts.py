@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from dpo_jax import assemble, benchmark, benchmark_flops, benchmark_layouts, config, sharding
 from dpo_jax.data import pack, rows
-from dpo_jax.hlo import costs, text
 
 HEADER = """\
 | a step | shapes | steps | tokens filled | scored filled | MFLOP a useful token | FLOPs / floor |
 | --- | --- | ---: | ---: | ---: | ---: | ---: |"""
 
 
-def run(experiment: config.Experiment) -> dict[str, Any]:
+def count(experiment: config.Experiment) -> dict[str, Any]:
     """Counts one epoch of a long run; returns what `describe` prints, as JSON values.
 
     The floor is `benchmark_flops.floor_flops`; FLOPs are those of the compiled programs, with
@@ -25,34 +25,25 @@ def run(experiment: config.Experiment) -> dict[str, Any]:
     benchmark.refuse_built_in(experiment)
     experiment = benchmark.without_extras(experiment, benchmark.LONG_RUN)
     mesh = sharding.make_mesh(experiment.mesh, jax.devices())
-    assembled, state = assemble.assemble(experiment, mesh)
-    model, (data, plan, _) = assembled.initial.model, assembled.train
-    has_reference = assemble.has_live_reference(experiment)
-    is_adapter = experiment.lora.rank is not None
-    programs: dict[tuple[int, ...], text.Program] = {}
-    flops = floor = useful = positions = scored = scored_positions = 0.0
-    uncounted, steps, seen = set(), 0, 0
-    while seen < len(data.prompts):
-        batch = pack.batch(data, plan, steps)
-        shape = (*batch["tokens"].shape, batch["slot"].shape[1])
-        if shape not in programs:
-            placed = sharding.put_batch(batch, mesh)
-            lowered = assembled.step.lower(state, assembled.held, placed, assembled.numbers)
-            programs[shape] = text.parse(lowered.compile().as_text())
-        lengths = benchmark_layouts.loop_lengths(model, batch, experiment.microbatches)
-        flops += costs.flops(programs[shape], lengths) * programs[shape].devices
-        uncounted |= set(costs.uncounted(programs[shape], lengths))
-        chosen = batch["index"][batch["weight"] > 0]
-        floor += benchmark_flops.floor_flops(
-            model.config, data, chosen, has_reference=has_reference, is_adapter=is_adapter
+    run, state = assemble.assemble(experiment, mesh)
+    data, plan, _ = run.train
+    examples = epoch(len(data.prompts), plan)
+    batches = [
+        sharding.put_batch(pack.batch(data, plan, number), mesh) for number in range(len(examples))
+    ]
+    counted = benchmark_layouts.count_flops(benchmark_layouts.of_run(run, state), state, batches)
+    floor = sum(
+        benchmark_flops.floor_flops(
+            run.initial.model.config,
+            data,
+            one,
+            has_reference=assemble.has_live_reference(experiment),
+            is_adapter=experiment.lora.rank is not None,
         )
-        found = rows.sizes(data, plan.scores_prompt, chosen)
-        useful, scored = useful + found.tokens.sum(), scored + found.scored.sum()
-        positions, scored_positions = (
-            positions + batch["tokens"].size,
-            scored_positions + batch["slot"].size,
-        )
-        steps, seen = steps + 1, seen + len(chosen)
+        for one in examples
+    )
+    useful = rows.sizes(data, plan.scores_prompt, np.concatenate(examples))
+    tokens = int(useful.tokens.sum())
     return {
         "loss": experiment.loss.function.__name__,
         "model": experiment.model.source,
@@ -60,14 +51,22 @@ def run(experiment: config.Experiment) -> dict[str, Any]:
         "batch_size": experiment.batch_size,
         "batch_tokens": experiment.batch_tokens,
         "devices": mesh.size,
-        "shapes": sorted(map(list, programs)),
-        "steps": steps,
-        "fill": float(useful / positions),
-        "fill_scored": float(scored / scored_positions),
-        "flops_per_useful_token": float(flops / useful),
-        "flops_over_floor": float(flops / floor),
-        "uncounted": sorted(uncounted),
+        "shapes": sorted({(*one["tokens"].shape, one["slot"].shape[1]) for one in batches}),
+        "steps": len(examples),
+        "fill": tokens / sum(one["tokens"].size for one in batches),
+        "fill_scored": int(useful.scored.sum()) / sum(one["slot"].size for one in batches),
+        "flops_per_useful_token": counted["flops"] / tokens,
+        "flops_over_floor": counted["flops"] / floor,
+        "uncounted": counted["uncounted"],
     }
+
+
+def epoch(count: int, plan: pack.Plan) -> list[np.ndarray]:
+    """The examples of each step until all, so many, have had their turn."""
+    found: list[np.ndarray] = []
+    while sum(map(len, found)) < count:
+        found.append(pack.examples(count, plan, len(found)))
+    return found
 
 
 def describe(record: Mapping[str, Any]) -> str:

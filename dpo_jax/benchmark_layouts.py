@@ -50,7 +50,11 @@ class Stepper(NamedTuple):
 
 def make_packed(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Stepper:
     """Steps of a run as `scripts.train` makes them."""
-    run, state = assemble.assemble(experiment, mesh)
+    return of_run(*assemble.assemble(experiment, mesh))
+
+
+def of_run(run: assemble.Run, state) -> Stepper:
+    """Steps of a run that is assembled."""
 
     def step(state, batch: dict):
         return run.step(state, run.held, batch, run.numbers)
@@ -60,7 +64,7 @@ def make_packed(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Stepp
 
     found = ((batch, batch["tokens"].size) for _, batch, _ in train.batches(run, 0))
     lengths = functools.partial(
-        loop_lengths, run.initial.model, microbatches=experiment.microbatches
+        loop_lengths, run.initial.model, microbatches=run.experiment.microbatches
     )
     return Stepper(step, compile, lengths, state, found)
 

@@ -49,7 +49,6 @@ class Cut(NamedTuple):
     cap: float | None
     mesh: jax.sharding.AbstractMesh  # on which the matrix lies; empty where it lies on none
     block: int  # s
-    only: bool  # whether there is one block
 
 
 class Weights(NamedTuple):
@@ -140,8 +139,7 @@ def make_cut(head: decoder.Head, shape: tuple[int, ...], *, partly_trained: bool
     rows, scored = shape
     # Of many devices the fullest row of all would decide, and hardly anything would be left out.
     block = block_size(rows, scored, partly_trained) if mesh.size <= 1 else scored
-    is_only = block == scored
-    return Cut(parts, size, width, count, head.is_embedding, head.cap, mesh, block, is_only)
+    return Cut(parts, size, width, count, head.is_embedding, head.cap, mesh, block)
 
 
 def block_size(rows: int, scored: int, partly_trained: bool) -> int:
@@ -218,7 +216,7 @@ def scores_backward(cut: Cut, kept: Residuals, cotangent: jax.Array) -> tuple:
 
         bias = None if total.bias is None else jnp.zeros((cut.parts, cut.width))
         empty = Weights(jnp.zeros(matrix.shape, jnp.float32), bias)
-        found = over_blocks(cut, blocks, TRAINED, of_block, empty)
+        found = over_blocks(len(tokens[0]), blocks, TRAINED, of_block, empty)
         # where stripes overlap, both have the same
         update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start)
         bias = None if total.bias is None else update(total.bias, found.bias, axis=1)
@@ -255,7 +253,7 @@ def sum_others(
             added = add_others(cut, own, weights.bias, matrix, number, take(so_far, i))
             return jax.tree.map(lambda all, own: all.at[i].set(own), so_far, added)
 
-        return over_blocks(cut, blocks, SCORED, of_block, before), None
+        return over_blocks(len(tokens[0]), blocks, SCORED, of_block, before), None
 
     zeros = jnp.zeros((*tokens[1].shape, cut.parts), jnp.float32)
     rows, size, width = tokens[0].shape[1:]
@@ -320,10 +318,12 @@ def take(tree: Any, at: jax.Array) -> Any:
 
 
 def over_blocks(
-    cut: Cut, blocks: jax.Array, name: str, of_block: Callable[[jax.Array, Any], Any], start: Any
+    count: int, blocks: jax.Array, name: str, of_block: Callable[[jax.Array, Any], Any], start: Any
 ) -> Any:
-    """What the first `blocks` blocks, one after the other, make of `start`."""
-    if cut.only:
+    """What the first `blocks` of so many blocks, one after the other, make of `start`; a single one
+    is always computed.
+    """
+    if count == 1:
         return of_block(jnp.int32(0), start)
     with jax.named_scope(name):
         return jax.lax.fori_loop(0, blocks, of_block, start)

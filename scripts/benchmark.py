@@ -85,7 +85,7 @@ def race(
     )
 
     if own.flops:
-        record = benchmark_counts.run(experiment)
+        record = benchmark_counts.count(experiment)
         print(benchmark_counts.describe(record))
     elif own.sweep:
         record = benchmark_sweep.run(experiment, file, rest)

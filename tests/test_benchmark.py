@@ -117,7 +117,7 @@ def test_a_run_is_trimmed_to_its_steps(folder, tmp_path):
 
 def test_an_epochs_flops_are_those_of_its_steps_against_their_floor(folder, tmp_path):
     run = tiny.experiment(folder, tmp_path)
-    record = benchmark_counts.run(run)
+    record = benchmark_counts.count(run)
     assert (record["steps"], record["batch_size"], record["uncounted"]) == (7, 8, [])
     mesh = sharding.make_mesh(run.mesh, jax.devices())
     stepper = benchmark_layouts.make_packed(benchmark.trimmed(run, benchmark.LONG_RUN), mesh)
@@ -140,7 +140,7 @@ def test_an_epochs_flops_are_those_of_its_steps_against_their_floor(folder, tmp_
 
 def test_an_epoch_of_batches_counted_in_tokens_is_counted_too(folder, tmp_path):
     run = tiny.experiment(folder, tmp_path, batch_tokens=2048)
-    record = benchmark_counts.run(run)
+    record = benchmark_counts.count(run)
     assert record["batch_tokens"] == 2048 and record["flops_over_floor"] > 1
     assert "| 2,048 tokens |" in benchmark_counts.describe(record)
 

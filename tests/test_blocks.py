@@ -68,6 +68,14 @@ def assert_close(found: tuple, expected: tuple, tolerance: float = 2e-6) -> None
         assert np.abs(mine - its).max() < tolerance * np.abs(its).max()
 
 
+def compare_on_shards_of_rows(attend, ids: Ids) -> None:
+    """Asserts that devices which each have a part of every row's queries compute what one does."""
+    mesh = sharding.make_mesh(config.Mesh(fsdp=1, sequence=2), jax.devices()[:2])
+    arrays, choices = draw(ids, 2, 1), {"window": 30, "cap": 0.7}
+    found = both(functools.partial(attend, rows=sharding.tokens(mesh)), arrays, ids, **choices)
+    assert_close(found, both(attention.attend, arrays, ids, **choices))
+
+
 @pytest.mark.parametrize(
     "choices",
     [{}, {"window": 5}, {"cap": 0.7}, {"window": 20, "cap": 2.0}],

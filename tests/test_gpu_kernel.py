@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import config, sharding
 from dpo_jax.model import attention, gpu_kernel
 from dpo_jax.model.attention import Ids
 from tests import test_blocks, test_tpu_kernel
@@ -39,11 +38,7 @@ def test_kernels_give_what_all_pairs_at_once_give(ids, heads, key_heads, choices
 
 
 def test_kernels_compute_the_queries_of_a_shard_of_each_row(ids):
-    mesh = sharding.make_mesh(config.Mesh(fsdp=1, sequence=2), jax.devices()[:2])
-    arrays, choices = test_blocks.draw(ids, 2, 1), {"window": 30, "cap": 0.7}
-    attend = functools.partial(interpreted, rows=sharding.tokens(mesh))
-    found = test_blocks.both(attend, arrays, ids, **choices)
-    test_blocks.assert_close(found, test_blocks.both(attention.attend, arrays, ids, **choices))
+    test_blocks.compare_on_shards_of_rows(interpreted, ids)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

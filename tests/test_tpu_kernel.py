@@ -64,11 +64,7 @@ def test_kernels_give_what_all_pairs_at_once_give(
 
 
 def test_kernels_compute_the_queries_of_a_shard_of_each_row(ids):
-    mesh = sharding.make_mesh(config.Mesh(fsdp=1, sequence=2), jax.devices()[:2])
-    arrays, choices = test_blocks.draw(ids, 2, 1), {"window": 30, "cap": 0.7}
-    attend = functools.partial(interpreted, rows=sharding.tokens(mesh))
-    found = test_blocks.both(attend, arrays, ids, **choices)
-    test_blocks.assert_close(found, test_blocks.both(attention.attend, arrays, ids, **choices))
+    test_blocks.compare_on_shards_of_rows(interpreted, ids)
 
 
 def test_queries_and_keys_may_be_of_different_tokens_in_any_order(ids):
