@@ -17,6 +17,13 @@ from dpo_jax import buckets, config, flags, functions, origins, paths, shipment,
 
 # programs of gcloud's side by side
 READERS = 8
+# what is read of a run: its config and its copy of the experiment file
+READ = (origins.RECORD, functions.COPY)
+
+
+def reads(folder: str) -> list[list[str]]:
+    """The commands that read a point's files, POINT in the place of its name."""
+    return [buckets.cat(f"{folder}/POINT/{name}") for name in READ]
 
 
 def check(points: Sequence[sweep.Point]) -> None:
@@ -39,10 +46,10 @@ def check(points: Sequence[sweep.Point]) -> None:
 
 
 def fetch(point: sweep.Point, here: Path) -> Path:
-    """A local folder with the run's config and its copy of the experiment file."""
+    """A local folder with what is read of the point's run."""
     folder = here / str(point.index)
     folder.mkdir()
-    for name in (origins.RECORD, functions.COPY):
+    for name in READ:
         text = buckets.read(f"{point.experiment.workdir}/{name}")
         if text is not None:
             (folder / name).write_text(text)

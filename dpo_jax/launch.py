@@ -195,8 +195,10 @@ def dry_run(
     """The commands, in the order in which they would be run."""
     folder, file = sweep_folder(load), str(logs / shipment.ARCHIVE)
     lock = json.dumps({"account": "...", "host": "...", "process": 0, "since": "..."})
-    lines = ["# what is there, and the lock of the sweep", shlex.join(buckets.account())]
+    lines = ["# what is there", shlex.join(buckets.account())]
     lines += [shlex.join(buckets.list_finished(folder))]
+    lines += ["# of each point that has finished", *map(shlex.join, finished.reads(folder))]
+    lines += ["# the lock"]
     lines += [f"echo {shlex.quote(lock)} | {shlex.join(buckets.write_lock(folder))}"]
     lines += ["# the code", shlex.join(["mkdir", "-p", str(logs)])]
     lines += [shlex.join(shipment.archive(load.commit, file))]

@@ -4,7 +4,9 @@ A path is a string. Every function raises ValueError where the file system's pac
 installed, and the usual OSError (FileNotFoundError, ...) where the file system itself says no.
 """
 
+import builtins
 import contextlib
+import fcntl
 import os
 import tempfile
 import uuid
@@ -14,6 +16,8 @@ from typing import IO, Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+# how the name of a file ends that is being written
+TEMPORARY = ".tmp"
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}
 
 
@@ -86,16 +90,34 @@ def replacing(path: str) -> Iterator[str]:
     is_here = isinstance(system, LocalFileSystem)
     folder = os.path.dirname(name) if is_here else tempfile.gettempdir()
     os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f"{os.path.basename(name)}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        if is_here:
-            os.replace(temporary, name)
-        else:
-            system.put_file(temporary, name)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
+    temporary = os.path.join(folder, f"{os.path.basename(name)}.{uuid.uuid4().hex}{TEMPORARY}")
+    # held until this process ends, however it ends: see remove_abandoned
+    with builtins.open(temporary, "wb") as lock:
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        try:
+            yield temporary
+            if is_here:
+                os.replace(temporary, name)
+            else:
+                system.put_file(temporary, name)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(temporary)
+
+
+def remove_abandoned(folder: str) -> None:
+    """Removes from a local folder what processes that were killed were writing there.
+
+    Where the file system knows no locks nothing is removed.
+    """
+    if not is_local(folder):
+        return
+    for path in listing(join(folder, f"*{TEMPORARY}")):
+        with contextlib.suppress(OSError), builtins.open(path, "rb") as file:
+            # an error where a living process, on any machine that sees the folder, is writing it
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.remove(path)
 
 
 def write_text(path: str, content: str) -> None:

@@ -23,7 +23,7 @@ def make_training() -> sweep.Training:
 
     def run(experiment: config.Experiment, experiment_file: Path) -> None:
         # what the built-in task trains and samples, once, is no point's own
-        experiment = task.prepare(experiment)
+        experiment = task.prepare_run(experiment)
         with compiling.recorded() as spans:
             train.train(experiment, experiment_file, keeper)
         steps, seconds = compiling.count(spans, "step"), compiling.seconds(spans)

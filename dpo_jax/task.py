@@ -42,7 +42,15 @@ SAMPLED_TOGETHER = 256
 
 def run(experiment: config.Experiment, experiment_file: str | Path) -> None:
     """Prepares whatever is built in, and trains."""
-    train.train(prepare(experiment), experiment_file)
+    train.train(prepare_run(experiment), experiment_file)
+
+
+def prepare_run(experiment: config.Experiment) -> config.Experiment:
+    """The same as `prepare`, of an experiment that is run here: ValueError, before minutes go into
+    what is built in, where the devices are too few or too many for it.
+    """
+    train.check_devices(experiment)
+    return prepare(experiment)
 
 
 def prepare(experiment: config.Experiment) -> config.Experiment:

@@ -60,7 +60,7 @@ def train(
     """
     experiment = origins.with_absolute_sources(experiment)
     folder = find_folder(experiment)
-    if paths.exists(paths.join(folder, DONE)):
+    if is_done(folder):
         print(f"{folder} is done: nothing to do")
         return
     inputs.enable_compile_cache(paths.join(paths.cache_folder(), "compiled"))
@@ -79,6 +79,22 @@ def train(
     if processes.is_first():
         paths.write_text(paths.join(folder, DONE), "")
     processes.wait("the run is done")
+
+
+def is_done(folder: str | None) -> bool:
+    """Whether the folder holds a finished run."""
+    return folder is not None and paths.exists(paths.join(folder, DONE))
+
+
+def check_devices(experiment: config.Experiment) -> None:
+    """Raises ValueError where the devices do not make the mesh, or a batch does not divide over
+    it, of a run that is not done.
+    """
+    if is_done(experiment.workdir):
+        return
+    mesh = sharding.make_mesh(experiment.mesh, jax.devices())
+    if experiment.batch_tokens is None:
+        sharding.check_batch_size(experiment.batch_size, experiment.microbatches, mesh)
 
 
 def write_start(folder: str, run: assemble.Run, experiment_file: str | Path) -> None:

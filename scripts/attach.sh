@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs a command once, apart from the connection that asks for it, and shows what it prints until
 # it ends: bash scripts/attach.sh NAME COMMAND [ARGUMENT...]
+# Each line begins with the worker's name: a slice's hash and the worker's number in it.
 # Asked again under the same name, as after a lost connection, it shows the command that runs
 # already. The exit code is the command's; 143 where it has ended without one (a reboot).
 set -euo pipefail
@@ -24,6 +25,6 @@ for _ in $(seq 50); do
     sleep 0.2
 done
 if [ ! -s "$job/pid" ]; then exit 143; fi
-tail -s 0.2 --pid="$(cat "$job/pid")" -n +1 -f "$job/log" | sed -u "s/^/[${HOSTNAME##*-}] /"
+tail -s 0.2 --pid="$(cat "$job/pid")" -n +1 -f "$job/log" | sed -u "s/^/[${HOSTNAME#t1v-n-}] /"
 if [ ! -s "$job/code" ]; then exit 143; fi
 exit "$(cat "$job/code")"

@@ -151,7 +151,7 @@ def test_three_points_run_on_two_resources_which_are_gone_in_the_end(cloud):
     assert cloud.left() == []
     assert printed.splitlines()[-1] == "3 of 3 done"
     log = (cloud.folder / "logs" / "point-2-try-1.log").read_text()
-    assert "[0] point 2 step 2 by dpo-jax-tiny-" in log
+    assert "[0-w-0] point 2 step 2 by dpo-jax-tiny-" in log
 
     code, printed = cloud.launch("--resources", "2")
     assert (code, len(cloud.calls("create"))) == (0, 2)
@@ -299,7 +299,7 @@ def test_a_users_error_is_not_tried_again_and_its_reason_is_shown(cloud):
     assert len(cloud.calls("create")) == 1
     assert len([c for c in cloud.calls("ssh") if "point-1-" in str(c)]) == 1
     table = printed[printed.rindex("2 of 3 done") :]
-    assert "failed: 1 seed=1\n      exit code 1: [0] ValueError: row 7 has no chosen" in table
+    assert "failed: 1 seed=1\n      exit code 1: [0-w-0] ValueError: row 7 has no chosen" in table
 
 
 def test_a_signal_while_a_resource_is_being_deleted_lets_that_come_to_its_end(cloud):
@@ -443,6 +443,7 @@ def test_a_dry_run_and_its_plan_import_no_jax(project):
     assert done.returncode == 0, done.stderr
     plan = done.stdout.partition("#")[0]
     assert "resources: 2 x v5p:2x2x1 (4 chips, accelerator type v5p-8), on demand" in plan
+    assert "/tiny/POINT/config.json" in done.stdout
     assert "3 points x 1.5 hours x 4 chips = 18 chip-hours = 75.60 USD, in 3 hours" in plan
 
 
@@ -530,13 +531,13 @@ def test_an_attached_command_runs_once_and_gives_its_output_and_exit_code_again(
     job = ("job", "bash", "-c", "echo 'a  b' >>ran; cat ran; exit 3")
     for _ in range(2):
         script = ("job", "bash", "-c", f"cd {tmp_path}; {job[3]}")
-        assert attached(tmp_path, *script) == (3, "[3] a  b\n")
+        assert attached(tmp_path, *script) == (3, "[1234-w-3] a  b\n")
     assert attached(tmp_path, "other", "bash", "-c", "exit 255")[0] == 254
 
 
 def test_an_attached_command_outlives_its_connection_and_a_killed_one_is_known(tmp_path):
     assert attached(tmp_path, "job", "bash", "-c", "sleep 0.7; echo end", timeout=0.3)[0] == 124
-    assert attached(tmp_path, "job", "none") == (0, "[3] end\n")
+    assert attached(tmp_path, "job", "none") == (0, "[1234-w-3] end\n")
     assert attached(tmp_path, "killed", "bash", "-c", "kill -9 $PPID")[0] == 143
 
 

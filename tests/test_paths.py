@@ -1,9 +1,11 @@
 import builtins
+import subprocess
 import sys
 
 import pytest
 
 from dpo_jax import paths
+from tests import tiny
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -65,6 +67,30 @@ def test_a_write_that_fails_leaves_the_old_content_and_no_other_file(tmp_path, m
         paths.write_text(path, "new")
     assert paths.read_text(path) == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+WRITES = """
+import os, signal, sys
+from dpo_jax import paths
+with paths.replacing(sys.argv[1]) as file, open(file, "wb") as out:
+    out.write(b"half")
+    out.flush()
+    print("writing", flush=True)
+    signal.pause()
+"""
+
+
+def test_what_a_killed_process_was_writing_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    command = [sys.executable, "-c", WRITES, str(tmp_path / "tokens.npy")]
+    with subprocess.Popen(command, cwd=tiny.ROOT, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None and writer.stdout.readline() == b"writing\n"
+        paths.write_text(str(tmp_path / "kept"), "whole")
+        paths.remove_abandoned(str(tmp_path))
+        found = {path.name for path in tmp_path.iterdir()}
+        assert len(found) == 2 and "kept" in found
+        writer.kill()
+    paths.remove_abandoned(str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
 def test_a_gs_path_without_gcsfs_names_the_package_and_the_command(monkeypatch):

@@ -133,10 +133,13 @@ def lines(workdir: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in found]
 
 
-def check_equal(one: Path, other: Path) -> None:
+def check_equal(one: Path, other: Path, rounding: float = 1e-6) -> None:
     """Checks that two runs have the same lines, and samples of the same text."""
     for a, b in zip(lines(one), lines(other), strict=True):
-        assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
+        if rounding > 1e-6 and b["step"] < 2:
+            # of a policy that is its reference still rounding alone decides which reward is higher
+            a, b = ({k: v for k, v in c.items() if "accuracies" not in k} for c in (a, b))
+        assert a == pytest.approx(b, rel=1e-5, abs=rounding)
     for file in (one / "samples").glob("*"):
         texts = [
             [json.loads(line)["completion"] for line in path.read_text().splitlines()]
@@ -174,6 +177,20 @@ def test_two_processes_stopped_by_sigterm_and_gone_on_with_by_one_make_the_run_o
 
 
 ALL = {"reference.cached": True, "samples.count": 4, "samples.max_tokens": 4}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["sequence 4", "sequence 2 tensor 2", "data 2 sequence 2"])
+def test_rows_and_weights_are_cut_over_processes_and_the_run_is_that_of_one(
+    mesh: str, folder: Path, tmp_path: Path, four_devices: None
+):
+    words = mesh.split()
+    axes = dict(zip(words[::2], map(int, words[1::2]), strict=True))
+    changes = {"mesh.data": 1, "mesh.fsdp": 1} | {f"mesh.{axis}": n for axis, n in axes.items()}
+    file = write(folder, tmp_path / "cut.py", {**changes, **ALL})
+    train.train(flags.load(file).replace(workdir=str(tmp_path / "one")), file)
+    run(file, tmp_path / "four", 4)
+    check_equal(tmp_path / "four", tmp_path / "one", rounding=2e-5)
 
 
 @pytest.mark.slow

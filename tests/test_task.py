@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from dpo_jax import config, flags, task
+from dpo_jax import config, flags, sweep_process, task
 from dpo_jax.data import builtin
 from tests import tiny
 
@@ -62,6 +63,24 @@ def test_a_number_of_the_task_that_nothing_reads_is_refused(name, source, wrong)
     run = experiment(name, model=config.Model(source=source), task=config.Task(**wrong))
     with pytest.raises(ValueError, match=rf"task\.{next(iter(wrong))} is .*nothing reads it"):
         task.prepare(run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh.fsdp": 3}, "= 3 devices, and there are 8: change --mesh.data"),
+        ({"mesh.fsdp": 8, "batch_size": 12}, "batch_size 12 does not divide over 8 batch shards"),
+    ],
+)
+@pytest.mark.parametrize("program", [task.run, sweep_process.make_training().train])
+def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_made(
+    program: Callable, changes: dict, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("DPO_JAX_CACHE", str(tmp_path / "cache"))
+    run = config.override(experiment("dpo", workdir=str(tmp_path / "run")), changes)
+    with pytest.raises(ValueError, match=message):
+        program(run, tiny.FILE)
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_number_of_the_corpus_has_a_folder_of_its_own():
