@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax.model import residuals
+
 
 class Ids(NamedTuple):
     """Where each token belongs."""
@@ -62,9 +64,10 @@ def attend(
     batch, length, heads, head_dim = query.shape
     key_value_heads = key.shape[2]
     query = query.reshape(batch, length, key_value_heads, heads // key_value_heads, head_dim)
-    logits = scale * jnp.einsum(
-        "bikgd,bjkd->bkgij", query, key, preferred_element_type=jnp.float32
+    logits = residuals.keep(
+        jnp.einsum("bikgd,bjkd->bkgij", query, key, preferred_element_type=jnp.float32)
     )  # [B, K, G, Lq, Lk]
+    logits = scale * logits
     if cap is not None:
         logits = cap * jnp.tanh(logits / cap)
     mask = visible(query_ids, key_ids, window)[:, None, None, :, :]
@@ -73,4 +76,4 @@ def attend(
     logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jnp.where(mask, jax.nn.softmax(logits, axis=-1), 0.0)
     mixed = jnp.einsum("bkgij,bjkd->bikgd", weights.astype(value.dtype), value)
-    return mixed.reshape(batch, length, heads, head_dim)
+    return residuals.keep(mixed.reshape(batch, length, heads, head_dim))

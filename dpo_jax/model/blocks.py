@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dpo_jax import sharding
-from dpo_jax.model import attention, sequence, shards
+from dpo_jax.model import attention, residuals, sequence, shards
 
 # tokens of a block: smaller ones compute less that nobody sees, in more and smaller products; twice
 # as many in rows of so many tokens or more
@@ -112,7 +112,8 @@ def on_each_device(
     heads = shards.fit(heads, key.shape, rows.mesh)
 
     def run_own(query, key, value, *ids: attention.Ids) -> jax.Array:
-        return run(query, sequence.gather(key, tokens), sequence.gather(value, tokens), *ids)
+        key, value = (sequence.gather(array, tokens) for array in (key, value))
+        return run(query, key, value, *ids)
 
     shared = jax.shard_map(
         run_own,
@@ -353,7 +354,7 @@ def backward(form: Form, kept: tuple, cotangent: jax.Array) -> tuple[Blocks, Pai
 
 def keep(form: Form, blocks: Blocks, pairs: Pairs) -> tuple[jax.Array, tuple]:
     """`attend_pairs`, and what its backward pass needs."""
-    mixed, log_total = forward(form, blocks, pairs)
+    mixed, log_total = residuals.keep(forward(form, blocks, pairs))
     return mixed, (blocks, pairs, mixed, log_total)
 
 

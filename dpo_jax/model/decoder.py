@@ -17,7 +17,7 @@ from flax import linen as nn
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dpo_jax.model import attention, layers, rope, shards
+from dpo_jax.model import attention, layers, residuals, rope, shards
 from dpo_jax.model.config import DecoderConfig, Kind
 
 # Logical axes of every parameter, by path. `sharding` maps them to axes of the mesh.
@@ -33,11 +33,6 @@ LOGICAL_AXES: dict[tuple[str, ...], tuple[str, ...]] = {
         for stack in ("layers", "remainder")
         for path, axes in layers.AXES.items()
     },
-}
-
-REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
@@ -205,14 +200,14 @@ def run_layers(decoder: Decoder, carry: tuple, places: layers.Places) -> tuple:
     blocks = config.scanned // size
     # A scan's forward and backward bodies are apart, so that XLA cannot undo the recomputation; a
     # scan of one step is none.
-    inside = rematerialise(run, decoder.remat, prevent_cse=blocks == 1)
+    inside = residuals.rematerialise(run, decoder.remat, prevent_cse=blocks == 1)
     params = stack(decoder, "layers", config.scanned)
     if size > 1:
         params = jax.tree.map(lambda leaf: leaf.reshape(blocks, size, *leaf.shape[1:]), params)
     carry, _ = jax.lax.scan(run_block, carry, (params, jnp.arange(0, config.scanned, size)))
     count = config.layers - config.scanned
     if count:
-        outside = rematerialise(run, decoder.remat, prevent_cse=True)
+        outside = residuals.rematerialise(run, decoder.remat, prevent_cse=True)
         rest = unstack(stack(decoder, "remainder", count), count)
         for i, (kind, layer) in enumerate(zip(config.block, rest, strict=False)):
             carry = outside(kind, carry, layer, config.scanned + i)
@@ -232,16 +227,6 @@ def unstack(params: dict, count: int) -> list[dict]:
     leaves, tree = jax.tree.flatten(params)
     parts = [jax.lax.split(leaf, (1,) * count) for leaf in leaves]
     return [tree.unflatten([part[i][0] for part in parts]) for i in range(count)]
-
-
-def rematerialise(run, remat: str, *, prevent_cse: bool):
-    """A layer's function (kind, carry, params, layer) under a remat policy."""
-    if remat == "none":
-        return run
-    if remat not in REMAT_POLICIES:
-        raise ValueError(f"remat is {remat!r}; it must be none, dots or full")
-    policy = REMAT_POLICIES[remat]
-    return jax.checkpoint(run, policy=policy, prevent_cse=prevent_cse, static_argnums=(0,))
 
 
 def init_layers(key: jax.Array, config: DecoderConfig, count: int) -> dict:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dpo_jax.model import attention, products, rope
+from dpo_jax.model import attention, products, residuals, rope
 from dpo_jax.model.config import DecoderConfig, Kind
 
 # Logical axes of every parameter of a layer but its adapters', by path, without the layer's own.
@@ -219,16 +219,17 @@ class Mixture(nn.Module):
         tokens = hidden.reshape(-1, width)  # [B L, D]
         probability, expert = self.route(tokens)
         chosen = expert.shape[-1]
-        order = jnp.argsort(expert.reshape(-1))  # [B L C]
+        order = residuals.keep(jnp.argsort(expert.reshape(-1)))  # [B L C]
         sizes = jnp.bincount(expert.reshape(-1), length=count).astype(jnp.int32)
         routed = tokens[order // chosen]  # [B L C, D]
 
         def multiply(rows: jax.Array, matrices: Any) -> jax.Array:
-            return products.ragged_product(rows, matrices, sizes)
+            return residuals.keep(products.ragged_product(rows, matrices, sizes))
 
         activated = ACTIVATIONS[self.config.activation](multiply(routed, gate))
         given = multiply(activated * multiply(routed, up), down)
-        back = given[jnp.argsort(order)].reshape(*expert.shape, width)  # [B L, C, D]
+        places = residuals.keep(jnp.argsort(order))
+        back = given[places].reshape(*expert.shape, width)  # [B L, C, D]
         mixed = jnp.sum(back * probability[..., None].astype(self.dtype), axis=1)
         return mixed.reshape(hidden.shape)
 
@@ -240,7 +241,8 @@ class Mixture(nn.Module):
             "router", nn.initializers.normal(0.02), (self.config.width, experts.count)
         )
         logits = jnp.dot(tokens, router.astype(self.dtype), preferred_element_type=jnp.float32)
-        probability, expert = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), experts.chosen)
+        shares = jax.nn.softmax(residuals.keep(logits), axis=-1)
+        probability, expert = jax.lax.top_k(shares, experts.chosen)
         if experts.normalised:
             probability = probability / jnp.sum(probability, axis=-1, keepdims=True)
         return probability, expert
@@ -305,14 +307,14 @@ class Linear(nn.Module):
             mapped = mapped + bias.astype(self.dtype).reshape((1, 1, *self.features))
         if self.has_variable("params", "lora_a"):
             mapped = mapped + self.adapt(hidden, inputs, dropout)
-        return mapped
+        return residuals.keep(mapped)
 
     def adapt(self, hidden: jax.Array, inputs: int, dropout: Dropout | None) -> jax.Array:
         """What the adapter adds; `lora.join` has put its scale into lora_b."""
         if dropout is not None:
             hidden = drop(hidden, dropout, str(self.name))
         down, up = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
-        return products.product(products.product(hidden, down, inputs), up, 1)
+        return products.product(residuals.keep(products.product(hidden, down, inputs)), up, 1)
 
 
 def drop(hidden: jax.Array, dropout: Dropout, name: str) -> jax.Array:
@@ -323,7 +325,7 @@ def drop(hidden: jax.Array, dropout: Dropout, name: str) -> jax.Array:
         key = jax.random.fold_in(key, number)
         return jax.random.bernoulli(key, 1.0 - dropout.rate, hidden.shape[1:])
 
-    kept = jax.vmap(draw)(dropout.keys)
+    kept = residuals.keep(jax.vmap(draw)(dropout.keys))
     scaled = hidden / jnp.asarray(1.0 - dropout.rate, hidden.dtype)
     return jnp.where(kept, scaled, jnp.zeros_like(hidden))
 

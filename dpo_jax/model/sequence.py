@@ -14,12 +14,14 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dpo_jax.model import shards
+from dpo_jax.model import residuals, shards
 
 
 def gather(array: jax.Array, axis: shards.Entry) -> jax.Array:
     """On a device of a mesh that has [B, L / shards, ...] of its rows: [B, L, ...]."""
-    return array if axis is None else jax.lax.all_gather(array, axis, axis=1, tiled=True)
+    if axis is None:
+        return array
+    return residuals.keep(jax.lax.all_gather(array, axis, axis=1, tiled=True))
 
 
 def take(hidden: jax.Array, source: jax.Array, where: NamedSharding | None) -> jax.Array:

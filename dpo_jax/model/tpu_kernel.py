@@ -19,7 +19,7 @@ from jax.experimental import pallas
 from jax.experimental.pallas import tpu
 from jax.sharding import NamedSharding
 
-from dpo_jax.model import attention, blocks, tpu_pair
+from dpo_jax.model import attention, blocks, residuals, tpu_pair
 
 # tokens of a block, at least: what a vector register has lanes
 BLOCK = 128
@@ -121,7 +121,7 @@ def attend_pairs(form: blocks.Form, cut: blocks.Blocks, lists: Lists) -> jax.Arr
 
 def keep(form: blocks.Form, cut: blocks.Blocks, lists: Lists) -> tuple[jax.Array, tuple]:
     """`attend_pairs`, and what its backward pass needs."""
-    mixed, log_total = forward(form, cut, lists)
+    mixed, log_total = residuals.keep(forward(form, cut, lists))
     return mixed, (cut, lists, mixed, log_total)
 
 

@@ -1,0 +1,32 @@
+"""What of a layer is kept for its backward pass; the rest is computed again from it.
+
+Single elements (norms, activations, rotations) cost less to compute again than to write to memory
+and read back, so that a policy says which results of products are kept, and of attention.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+NAME = "kept"
+# by model.remat: none, so that no product is computed twice; dots, without attention's own products
+POLICIES: dict[str, Callable[..., Any]] = {
+    "none": jax.checkpoint_policies.save_only_these_names(NAME),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def keep(tree: Any) -> Any:
+    """The tree, whose arrays the backward pass reads where `model.remat` is none."""
+    return checkpoint_name(tree, NAME)
+
+
+def rematerialise(run: Callable, remat: str, *, prevent_cse: bool) -> Callable:
+    """A layer's function (kind, carry, params, layer) under a policy; ValueError for another."""
+    if remat not in POLICIES:
+        raise ValueError(f"remat is {remat!r}; it must be {', '.join(POLICIES)}")
+    policy = POLICIES[remat]
+    return jax.checkpoint(run, policy=policy, prevent_cse=prevent_cse, static_argnums=(0,))
