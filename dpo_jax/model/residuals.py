@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
+from jax import ad_checkpoint
 
 NAME = "kept"
 # by model.remat: none, so that no product is computed twice; dots, without attention's own products
@@ -21,7 +21,7 @@ POLICIES: dict[str, Callable[..., Any]] = {
 
 def keep(tree: Any) -> Any:
     """The tree, whose arrays the backward pass reads where `model.remat` is none."""
-    return checkpoint_name(tree, NAME)
+    return ad_checkpoint.checkpoint_name(tree, NAME)
 
 
 def rematerialise(run: Callable, remat: str, *, prevent_cse: bool) -> Callable:
