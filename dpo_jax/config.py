@@ -82,7 +82,8 @@ class Model:
     source: str = "builtin"
     # compute type; None: bfloat16 on TPU and GPU, float32 on CPU. Parameters are float32
     dtype: Literal["float32", "bfloat16"] | None = None
-    # what the backward pass computes again: none, the dots' inputs only, or each whole layer
+    # what the backward pass computes again: none, single elements only and no product; dots,
+    # attention too; full, each whole layer but its input
     remat: Literal["none", "dots", "full"] = "none"
     # how attention is computed: plain, all pairs of a row's tokens at once, or blocks, which leaves
     # out pairs of blocks that do not see each other, or kernel, which does so in Pallas kernels of

@@ -15,9 +15,7 @@ from dpo_jax.model import config as model_config
 
 GIB = 2**30
 MICROBATCHES = (1, 2, 4, 8)
-# how much of a layer's activations is kept for the backward pass, in widths of a token in
-# bfloat16, and how often its forward pass is computed, by model.remat
-KEPT = {"none": 34.0, "dots": 16.0, "full": 2.0}
+# how often a layer's forward pass is computed, by model.remat
 FORWARDS = {"none": 1.0, "dots": 1.2, "full": 2.0}
 # from what takes most memory to what takes least
 THRIFT = ("none", "dots", "full")
@@ -190,9 +188,22 @@ def estimate(
     held = (0.0 if not has_adapter else 2.0) + (2.0 if is_live and not has_adapter else 0.0)
     memory = own / ((mesh.fsdp or 1) * mesh.sequence) * (16 * trained + held)
     each = tokens / shards / mesh.sequence / experiment.microbatches
-    # of widths, those of heads and hidden units are shared out over tensor
-    memory += 2 * shape.layers * each * shape.width * KEPT[experiment.model.remat] / mesh.tensor
+    # in bfloat16; those of heads and hidden units are shared out over tensor
+    memory += 2 * shape.layers * each * kept(shape, experiment.model.remat) / mesh.tensor
     return compute + links, memory
+
+
+def kept(shape: model_config.DecoderConfig, remat: str) -> int:
+    """Numbers that a layer keeps of a token for its backward pass."""
+    if remat == "full":
+        return shape.width
+    queries, keys = (heads * shape.head_dim for heads in (shape.heads, shape.key_value_heads))
+    units = shape.hidden * (2 if shape.gated else 1)
+    if shape.experts is not None:
+        units *= shape.experts.chosen
+    # what comes in and what is added to it, and what attention gives
+    products = 2 * shape.width + queries + 2 * keys + units
+    return products if remat == "dots" else products + queries
 
 
 def seconds_between(

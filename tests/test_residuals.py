@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax import plan_search
 from dpo_jax.model import attention, blocks, decoder, gpu_kernel, lora, tpu_kernel
 from dpo_jax.model.attention import Ids
 from dpo_jax.model.config import DecoderConfig, Experts
@@ -82,7 +83,17 @@ def test_experts_keep_their_products_and_the_order_of_tokens():
     assert kept(MIXTURE, blocks.attend) == Counter([*ALWAYS, SMALL.heads, *products, *numbers])
 
 
-def test_full_keeps_the_input_alone():
+def test_a_search_reckons_with_what_is_kept():
+    assert plan_search.kept(SMALL, "none") == sum(OF_BLOCKS) - SMALL.heads
+    assert plan_search.kept(SMALL, "full") == SMALL.width
+    dots = kept(SMALL, blocks.attend, remat="dots")
+    assert plan_search.kept(SMALL, "dots") == sum(value * count for value, count in dots.items())
+
+
+def test_dots_keep_what_products_give_and_full_the_input_alone():
+    products = Counter(OF_BLOCKS) - Counter([QUERIES, SMALL.heads])
+    for attend in (blocks.attend, attention.attend):
+        assert kept(SMALL, attend, remat="dots") == products
     assert kept(SMALL, blocks.attend, remat="full") == Counter([SMALL.width])
 
 

@@ -219,16 +219,16 @@ class Mixture(nn.Module):
         tokens = hidden.reshape(-1, width)  # [B L, D]
         probability, expert = self.route(tokens)
         chosen = expert.shape[-1]
-        order = residuals.keep(jnp.argsort(expert.reshape(-1)))  # [B L C]
+        order = residuals.of_product(jnp.argsort(expert.reshape(-1)))  # [B L C]
         sizes = jnp.bincount(expert.reshape(-1), length=count).astype(jnp.int32)
         routed = tokens[order // chosen]  # [B L C, D]
 
         def multiply(rows: jax.Array, matrices: Any) -> jax.Array:
-            return residuals.keep(products.ragged_product(rows, matrices, sizes))
+            return residuals.of_product(products.ragged_product(rows, matrices, sizes))
 
         activated = ACTIVATIONS[self.config.activation](multiply(routed, gate))
         given = multiply(activated * multiply(routed, up), down)
-        places = residuals.keep(jnp.argsort(order))
+        places = residuals.of_product(jnp.argsort(order))
         back = given[places].reshape(*expert.shape, width)  # [B L, C, D]
         mixed = jnp.sum(back * probability[..., None].astype(self.dtype), axis=1)
         return mixed.reshape(hidden.shape)
@@ -241,7 +241,7 @@ class Mixture(nn.Module):
             "router", nn.initializers.normal(0.02), (self.config.width, experts.count)
         )
         logits = jnp.dot(tokens, router.astype(self.dtype), preferred_element_type=jnp.float32)
-        shares = jax.nn.softmax(residuals.keep(logits), axis=-1)
+        shares = jax.nn.softmax(residuals.of_product(logits), axis=-1)
         probability, expert = jax.lax.top_k(shares, experts.chosen)
         if experts.normalised:
             probability = probability / jnp.sum(probability, axis=-1, keepdims=True)
@@ -307,14 +307,14 @@ class Linear(nn.Module):
             mapped = mapped + bias.astype(self.dtype).reshape((1, 1, *self.features))
         if self.has_variable("params", "lora_a"):
             mapped = mapped + self.adapt(hidden, inputs, dropout)
-        return residuals.keep(mapped)
+        return residuals.of_product(mapped)
 
     def adapt(self, hidden: jax.Array, inputs: int, dropout: Dropout | None) -> jax.Array:
         """What the adapter adds; `lora.join` has put its scale into lora_b."""
         if dropout is not None:
             hidden = drop(hidden, dropout, str(self.name))
         down, up = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
-        return products.product(residuals.keep(products.product(hidden, down, inputs)), up, 1)
+        return products.product(residuals.of_product(products.product(hidden, down, inputs)), up, 1)
 
 
 def drop(hidden: jax.Array, dropout: Dropout, name: str) -> jax.Array:
@@ -325,7 +325,7 @@ def drop(hidden: jax.Array, dropout: Dropout, name: str) -> jax.Array:
         key = jax.random.fold_in(key, number)
         return jax.random.bernoulli(key, 1.0 - dropout.rate, hidden.shape[1:])
 
-    kept = residuals.keep(jax.vmap(draw)(dropout.keys))
+    kept = residuals.of_product(jax.vmap(draw)(dropout.keys))
     scaled = hidden / jnp.asarray(1.0 - dropout.rate, hidden.dtype)
     return jnp.where(kept, scaled, jnp.zeros_like(hidden))
 

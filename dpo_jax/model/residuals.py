@@ -10,18 +10,25 @@ from typing import Any
 import jax
 from jax import ad_checkpoint
 
-NAME = "kept"
-# by model.remat: none, so that no product is computed twice; dots, without attention's own products
+PRODUCT, ATTENTION = "product", "attention"
+# by model.remat: none, so that no product is computed twice; dots, attention is; full, all are
 POLICIES: dict[str, Callable[..., Any]] = {
-    "none": jax.checkpoint_policies.save_only_these_names(NAME),
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "none": jax.checkpoint_policies.save_only_these_names(PRODUCT, ATTENTION),
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
-def keep(tree: Any) -> Any:
-    """The tree, whose arrays the backward pass reads where `model.remat` is none."""
-    return ad_checkpoint.checkpoint_name(tree, NAME)
+def of_product(tree: Any) -> Any:
+    """The tree, whose arrays are kept but where `model.remat` is full: a product with weights has
+    made them, or they cost much to make again.
+    """
+    return ad_checkpoint.checkpoint_name(tree, PRODUCT)
+
+
+def of_attention(tree: Any) -> Any:
+    """The tree, whose arrays, made by attention, are kept where `model.remat` is none."""
+    return ad_checkpoint.checkpoint_name(tree, ATTENTION)
 
 
 def rematerialise(run: Callable, remat: str, *, prevent_cse: bool) -> Callable:
