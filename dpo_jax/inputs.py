@@ -37,8 +37,7 @@ def load(
     """
     keeper = kept.Kept() if keeper is None else keeper
     check_switches(experiment)
-    if experiment.batch_tokens is None:
-        sharding.check_batch_size(experiment.batch_size, experiment.microbatches, mesh)
+    check_batch_size(experiment, mesh)
     source = initial.Source(experiment.model.source, experiment.model, experiment.seed)
     is_trained = experiment.lora.rank is None
     read_as = "float32" if is_trained else initial.others_as(experiment.model)
@@ -67,6 +66,12 @@ def load(
             "sample from: give --data.evaluation-source or --data.held-out"
         )
     return Inputs(start, words, train, held_out, pairs)
+
+
+def check_batch_size(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> None:
+    """Raises ValueError where a number of examples a step does not divide over the mesh."""
+    if experiment.batch_tokens is None:
+        sharding.check_batch_size(experiment.batch_size, experiment.microbatches, mesh)
 
 
 def load_examples(

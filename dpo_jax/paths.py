@@ -8,6 +8,7 @@ import builtins
 import contextlib
 import fcntl
 import os
+import socket
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -16,8 +17,6 @@ from typing import IO, Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-# how the name of a file ends that is being written
-TEMPORARY = ".tmp"
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}
 
 
@@ -82,17 +81,19 @@ def write_bytes(path: str, content: bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[str]:
-    """The name of a local file, to be written bit by bit, which takes the path's place once it is
-    whole; where the block fails it is removed. For a path of another file system it lies in the
-    folder of temporary files ($TMPDIR).
+    """The name of a local file, empty as yet, to be written bit by bit, which takes the path's
+    place once it is whole; where the block fails it is removed. For a path of another file system
+    it lies in the folder of temporary files ($TMPDIR).
     """
     system, name = locate(path)
     is_here = isinstance(system, LocalFileSystem)
     folder = os.path.dirname(name) if is_here else tempfile.gettempdir()
     os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f"{os.path.basename(name)}.{uuid.uuid4().hex}{TEMPORARY}")
-    # held until this process ends, however it ends: see remove_abandoned
-    with builtins.open(temporary, "wb") as lock:
+    temporary = os.path.join(
+        folder, f"{os.path.basename(name)}.{uuid.uuid4().hex}{temporary_end()}"
+    )
+    # locked until this process ends, however it ends: see remove_abandoned
+    with builtins.open(temporary, "w+b") as lock:
         with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_SH)
         try:
@@ -106,18 +107,28 @@ def replacing(path: str) -> Iterator[str]:
                 os.remove(temporary)
 
 
-def remove_abandoned(folder: str) -> None:
-    """Removes from a local folder what processes that were killed were writing there.
+def temporary_end() -> str:
+    """How the name of a file ends that this machine is writing."""
+    return f".{socket.gethostname()}.tmp"
 
-    Where the file system knows no locks nothing is removed.
+
+def remove_abandoned(folder: str) -> None:
+    """Removes from a local folder and those in it what this machine's processes were writing there
+    when they were killed.
     """
     if not is_local(folder):
         return
-    for path in listing(join(folder, f"*{TEMPORARY}")):
-        with contextlib.suppress(OSError), builtins.open(path, "rb") as file:
-            # an error where a living process, on any machine that sees the folder, is writing it
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.remove(path)
+    _, name = locate(folder)
+    for place, _, files in os.walk(name):
+        for file in files:
+            if file.endswith(temporary_end()):
+                # an error where a process is writing it
+                with (
+                    contextlib.suppress(OSError),
+                    builtins.open(os.path.join(place, file), "r+b") as lock,
+                ):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.remove(os.path.join(place, file))
 
 
 def write_text(path: str, content: str) -> None:

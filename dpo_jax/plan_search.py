@@ -188,22 +188,26 @@ def estimate(
     held = (0.0 if not has_adapter else 2.0) + (2.0 if is_live and not has_adapter else 0.0)
     memory = own / ((mesh.fsdp or 1) * mesh.sequence) * (16 * trained + held)
     each = tokens / shards / mesh.sequence / experiment.microbatches
-    # in bfloat16; those of heads and hidden units are shared out over tensor
-    memory += 2 * shape.layers * each * kept(shape, experiment.model.remat) / mesh.tensor
+    # in bfloat16
+    memory += 2 * shape.layers * each * kept(shape, experiment.model.remat, mesh.tensor)
     return compute + links, memory
 
 
-def kept(shape: model_config.DecoderConfig, remat: str) -> int:
-    """Numbers that a layer keeps of a token for its backward pass."""
+def kept(shape: model_config.DecoderConfig, remat: str, tensor: int = 1) -> float:
+    """Numbers that a layer keeps of a token for its backward pass, on each of so many devices over
+    which its heads and units are shared out.
+    """
     if remat == "full":
         return shape.width
     queries, keys = (heads * shape.head_dim for heads in (shape.heads, shape.key_value_heads))
-    units = shape.hidden * (2 if shape.gated else 1)
-    if shape.experts is not None:
-        units *= shape.experts.chosen
-    # what comes in and what is added to it, and what attention gives
-    products = 2 * shape.width + queries + 2 * keys + units
-    return products if remat == "dots" else products + queries
+    units, experts = shape.hidden * (2 if shape.gated else 1), shape.experts
+    # what comes in, and what attention and experts add to it
+    stream = 2 * shape.width
+    if experts is not None:
+        units *= experts.chosen
+        stream += experts.chosen * shape.width
+    of_attention = queries if remat == "none" else 0
+    return stream + (queries + 2 * keys + units + of_attention) / tensor
 
 
 def seconds_between(

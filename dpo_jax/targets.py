@@ -4,6 +4,7 @@ CPUs.
 
 import contextlib
 import importlib.util
+import math
 import os
 import re
 import sys
@@ -72,6 +73,8 @@ def tpus(piece: chips.Slice, slices: int = 1) -> Target:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     # several processes that only compile do not get in each other's way
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # programs of devices that are not there cannot be read back from the disk's cache
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
     chip = piece.chip
     options: dict[str, Any] = {} if slices == 1 else {"num_slices": slices}
     if chips.count(piece) == 1:

@@ -92,9 +92,7 @@ def check_devices(experiment: config.Experiment) -> None:
     """
     if is_done(experiment.workdir):
         return
-    mesh = sharding.make_mesh(experiment.mesh, jax.devices())
-    if experiment.batch_tokens is None:
-        sharding.check_batch_size(experiment.batch_size, experiment.microbatches, mesh)
+    inputs.check_batch_size(experiment, sharding.make_mesh(experiment.mesh, jax.devices()))
 
 
 def write_start(folder: str, run: assemble.Run, experiment_file: str | Path) -> None:

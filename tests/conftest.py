@@ -72,6 +72,15 @@ def all_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ladder, "MOST_SHAPES", SHAPES)
 
 
+@pytest.fixture
+def libtpu() -> Iterator[None]:
+    """TPUs can be compiled for, with `targets.find`."""
+    pytest.importorskip("libtpu")
+    kept_from = jax.config.jax_persistent_cache_min_compile_time_secs
+    yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", kept_from)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data and tokenizers: $DPO_JAX_SHARED, or shared/ beside the project."""

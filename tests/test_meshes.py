@@ -7,7 +7,7 @@ Dimensions: B rows, L tokens, S scored tokens, D width.
 
 import collections
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from dpo_jax import (
     losses,
     reference,
     sharding,
+    targets,
     train_step,
     vocabulary,
 )
@@ -46,16 +47,10 @@ ROWS, LENGTH, SCORED = 24, 56, 20
 EXAMPLES = 2
 
 
-@pytest.fixture(scope="module")
-def tpus() -> Iterator[Sequence[Any]]:
+@pytest.fixture
+def tpus(libtpu: None) -> Sequence[Any]:
     """Eight TPUs that can be compiled for."""
-    pytest.importorskip("libtpu")
-    from jax.experimental import topologies
-
-    with pytest.MonkeyPatch.context() as patch:
-        # do not ask the network for a TPU
-        patch.setenv("TPU_SKIP_MDS_QUERY", "1")
-        yield topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    return targets.find("v5e:2x4").devices
 
 
 def forward_flops(shape: DecoderConfig) -> int:

@@ -10,7 +10,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,12 +51,6 @@ def planned(cpus, tmp_path_factory) -> dict:
     experiment = make_experiment(folder, **{"model.attention": "plain"})
     examples = abstract_step.read_examples(experiment, LENGTHS)
     return plan.plan(experiment, examples, cpus, price=3.0)
-
-
-@pytest.fixture
-def libtpu() -> Iterator[None]:
-    pytest.importorskip("libtpu")
-    yield
 
 
 def bytes_of_first_device(tree) -> int:
@@ -398,12 +391,12 @@ def test_what_slices_send_each_other_is_counted_apart(libtpu, tmp_path, data):
 @pytest.mark.tpu
 def test_what_a_tpu_has_no_memory_for_is_told_in_numbers(libtpu, tmp_path):
     changes = {
-        "model.source": write_shape(tmp_path, 32768),
-        "data.max_length": 32768,
+        "model.source": write_shape(tmp_path, 131072),
+        "data.max_length": 131072,
         "mesh.fsdp": None,
     }
     experiment = make_experiment(tmp_path, **changes)
-    examples = abstract_step.read_examples(experiment, made_up.Lengths(4000, 16000, 1000))
+    examples = abstract_step.read_examples(experiment, made_up.Lengths(16000, 64000, 1000))
     found = plan.plan(experiment, examples, targets.find("v5e:2x2"))
     assert not found["fits"]
     assert found["memory_bytes_per_device"]["temporaries"] > 15.75 * 2**30

@@ -100,8 +100,7 @@ def test_one_slices_part_of_a_mesh_has_the_axes_that_lie_inside_of_it():
         ("v5p:4x4x4", config.Mesh(data=4, fsdp=32)),
     ],
 )
-def test_slices_of_tpus_are_laid_out_as_they_are_linked(topology, axes):
-    pytest.importorskip("libtpu")
+def test_slices_of_tpus_are_laid_out_as_they_are_linked(libtpu, topology, axes):
     target = targets.find(topology, 2)
     mesh = sharding.make_mesh(axes, target.devices)
     found = np.vectorize(slices.slice_of)(mesh.devices)

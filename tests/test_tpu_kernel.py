@@ -4,16 +4,14 @@ Those marked tpu need no TPU: libtpu compiles for one (pip install --no-deps "li
 """
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 
-from dpo_jax import config, initial, sharding
+from dpo_jax import config, initial, sharding, targets
 from dpo_jax.hlo import collectives, costs, text
 from dpo_jax.model import attention, blocks, tpu_kernel
 from dpo_jax.model.attention import Ids
@@ -120,16 +118,6 @@ def test_blocks_are_larger_where_all_pairs_would_be_too_many_to_list():
     assert tpu_kernel.block_size(8, 32768, 32768) == 512
 
 
-@pytest.fixture(scope="module")
-def topology() -> Iterator[Any]:
-    """(name) -> its devices, which can be compiled for."""
-    pytest.importorskip("libtpu")
-    with pytest.MonkeyPatch.context() as patch:
-        # do not ask the network for a TPU
-        patch.setenv("TPU_SKIP_MDS_QUERY", "1")
-        yield lambda name: topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-
-
 @pytest.mark.tpu
 @pytest.mark.parametrize(
     ("name", "head_dim", "dtype", "choices"),
@@ -140,8 +128,8 @@ def topology() -> Iterator[Any]:
         ("v5p:2x2x1", 256, "bfloat16", {"cap": 50.0}),
     ],
 )
-def test_gradients_are_compiled_for_tpus(topology, name, head_dim, dtype, choices):
-    mesh = sharding.make_mesh(config.Mesh(fsdp=2, tensor=2), topology(name))
+def test_gradients_are_compiled_for_tpus(libtpu, name, head_dim, dtype, choices):
+    mesh = sharding.make_mesh(config.Mesh(fsdp=2, tensor=2), targets.find(name).devices)
     rows, heads = sharding.rows(mesh), 16
     spec = jax.sharding.PartitionSpec(*rows.spec[:1], None, "tensor")
     place = jax.sharding.NamedSharding(mesh, spec)
@@ -171,8 +159,9 @@ def test_gradients_are_compiled_for_tpus(topology, name, head_dim, dtype, choice
 
 
 @pytest.mark.tpu
-def test_the_queries_of_a_shard_of_each_row_are_compiled_for_tpus(topology):
-    mesh = sharding.make_mesh(config.Mesh(fsdp=1, sequence=2, tensor=2), topology("v5e:2x2"))
+def test_the_queries_of_a_shard_of_each_row_are_compiled_for_tpus(libtpu):
+    devices = targets.find("v5e:2x2").devices
+    mesh = sharding.make_mesh(config.Mesh(fsdp=1, sequence=2, tensor=2), devices)
     rows = sharding.tokens(mesh)
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*rows.spec, "tensor"))
 

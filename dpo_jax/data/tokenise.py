@@ -271,7 +271,7 @@ def through_cache(
     found = [one for one in map(stored, files) if one is not None]
     if len(found) == len(files):
         return found
-    paths.remove_abandoned(folder)
+    paths.remove_abandoned(paths.join(paths.cache_folder(), "tokenised"))
     make(files)
     found = [one for one in map(stored, files) if one is not None]
     if len(found) < len(files):

@@ -64,7 +64,7 @@ def attend(
     batch, length, heads, head_dim = query.shape
     key_value_heads = key.shape[2]
     query = query.reshape(batch, length, key_value_heads, heads // key_value_heads, head_dim)
-    logits = residuals.of_attention(
+    logits = residuals.keep_of_attention(
         jnp.einsum("bikgd,bjkd->bkgij", query, key, preferred_element_type=jnp.float32)
     )  # [B, K, G, Lq, Lk]
     logits = scale * logits
@@ -76,4 +76,4 @@ def attend(
     logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jnp.where(mask, jax.nn.softmax(logits, axis=-1), 0.0)
     mixed = jnp.einsum("bkgij,bjkd->bikgd", weights.astype(value.dtype), value)
-    return residuals.of_attention(mixed.reshape(batch, length, heads, head_dim))
+    return residuals.keep_of_attention(mixed.reshape(batch, length, heads, head_dim))

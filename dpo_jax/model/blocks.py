@@ -354,7 +354,7 @@ def backward(form: Form, kept: tuple, cotangent: jax.Array) -> tuple[Blocks, Pai
 
 def keep(form: Form, blocks: Blocks, pairs: Pairs) -> tuple[jax.Array, tuple]:
     """`attend_pairs`, and what its backward pass needs."""
-    mixed, log_total = residuals.of_attention(forward(form, blocks, pairs))
+    mixed, log_total = residuals.keep_of_attention(forward(form, blocks, pairs))
     return mixed, (blocks, pairs, mixed, log_total)
 
 

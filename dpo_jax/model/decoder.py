@@ -60,7 +60,7 @@ class Decoder(nn.Module):
     config: DecoderConfig
     # compute type
     dtype: Any = jnp.float32
-    # what the backward pass computes again: none, the dots' inputs only, or each whole layer
+    # what the backward pass computes again, as config.Model has it
     remat: Literal["none", "dots", "full"] = "none"
     # where activations lie on a mesh; None: left to the compiler, which would move them to the
     # shards of the parameters and not the parameters to them

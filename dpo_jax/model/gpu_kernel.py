@@ -93,7 +93,7 @@ def attend_pairs(form: blocks.Form, cut: blocks.Blocks, lists: Lists) -> jax.Arr
 
 def keep(form: blocks.Form, cut: blocks.Blocks, lists: Lists) -> tuple[jax.Array, tuple]:
     """`attend_pairs`, and what its backward pass needs."""
-    mixed, log_total = residuals.of_attention(forward(form, cut, lists))
+    mixed, log_total = residuals.keep_of_attention(forward(form, cut, lists))
     return mixed, (cut, lists, mixed, log_total)
 
 

@@ -219,16 +219,16 @@ class Mixture(nn.Module):
         tokens = hidden.reshape(-1, width)  # [B L, D]
         probability, expert = self.route(tokens)
         chosen = expert.shape[-1]
-        order = residuals.of_product(jnp.argsort(expert.reshape(-1)))  # [B L C]
-        sizes = jnp.bincount(expert.reshape(-1), length=count).astype(jnp.int32)
+        order = residuals.keep(jnp.argsort(expert.reshape(-1)))  # [B L C]
+        sizes = residuals.keep(jnp.bincount(expert.reshape(-1), length=count).astype(jnp.int32))
         routed = tokens[order // chosen]  # [B L C, D]
 
         def multiply(rows: jax.Array, matrices: Any) -> jax.Array:
-            return residuals.of_product(products.ragged_product(rows, matrices, sizes))
+            return residuals.keep(products.ragged_product(rows, matrices, sizes))
 
         activated = ACTIVATIONS[self.config.activation](multiply(routed, gate))
         given = multiply(activated * multiply(routed, up), down)
-        places = residuals.of_product(jnp.argsort(order))
+        places = residuals.keep(jnp.argsort(order))
         back = given[places].reshape(*expert.shape, width)  # [B L, C, D]
         mixed = jnp.sum(back * probability[..., None].astype(self.dtype), axis=1)
         return mixed.reshape(hidden.shape)
@@ -241,8 +241,11 @@ class Mixture(nn.Module):
             "router", nn.initializers.normal(0.02), (self.config.width, experts.count)
         )
         logits = jnp.dot(tokens, router.astype(self.dtype), preferred_element_type=jnp.float32)
-        shares = jax.nn.softmax(residuals.of_product(logits), axis=-1)
-        probability, expert = jax.lax.top_k(shares, experts.chosen)
+        shares = jax.nn.softmax(residuals.keep(logits), axis=-1)
+        # chosen once: a second time rounding could choose others
+        _, expert = jax.lax.top_k(jax.lax.stop_gradient(shares), experts.chosen)
+        expert = residuals.keep(expert)
+        probability = jnp.take_along_axis(shares, expert, axis=-1)
         if experts.normalised:
             probability = probability / jnp.sum(probability, axis=-1, keepdims=True)
         return probability, expert
@@ -307,14 +310,14 @@ class Linear(nn.Module):
             mapped = mapped + bias.astype(self.dtype).reshape((1, 1, *self.features))
         if self.has_variable("params", "lora_a"):
             mapped = mapped + self.adapt(hidden, inputs, dropout)
-        return residuals.of_product(mapped)
+        return residuals.keep(mapped)
 
     def adapt(self, hidden: jax.Array, inputs: int, dropout: Dropout | None) -> jax.Array:
         """What the adapter adds; `lora.join` has put its scale into lora_b."""
         if dropout is not None:
             hidden = drop(hidden, dropout, str(self.name))
         down, up = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
-        return products.product(residuals.of_product(products.product(hidden, down, inputs)), up, 1)
+        return products.product(residuals.keep(products.product(hidden, down, inputs)), up, 1)
 
 
 def drop(hidden: jax.Array, dropout: Dropout, name: str) -> jax.Array:
@@ -325,7 +328,7 @@ def drop(hidden: jax.Array, dropout: Dropout, name: str) -> jax.Array:
         key = jax.random.fold_in(key, number)
         return jax.random.bernoulli(key, 1.0 - dropout.rate, hidden.shape[1:])
 
-    kept = residuals.of_product(jax.vmap(draw)(dropout.keys))
+    kept = residuals.keep(jax.vmap(draw)(dropout.keys))
     scaled = hidden / jnp.asarray(1.0 - dropout.rate, hidden.dtype)
     return jnp.where(kept, scaled, jnp.zeros_like(hidden))
 

@@ -1,7 +1,7 @@
 """What of a layer is kept for its backward pass; the rest is computed again from it.
 
-Single elements (norms, activations, rotations) cost less to compute again than to write to memory
-and read back, so that a policy says which results of products are kept, and of attention.
+What costs little to compute again (norms, activations, rotations) is not written to memory and read
+back: a policy says by name what is kept.
 """
 
 from collections.abc import Callable
@@ -10,25 +10,25 @@ from typing import Any
 import jax
 from jax import ad_checkpoint
 
-PRODUCT, ATTENTION = "product", "attention"
+KEPT, OF_ATTENTION = "kept", "kept of attention"
 # by model.remat: none, so that no product is computed twice; dots, attention is; full, all are
 POLICIES: dict[str, Callable[..., Any]] = {
-    "none": jax.checkpoint_policies.save_only_these_names(PRODUCT, ATTENTION),
-    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    "none": jax.checkpoint_policies.save_only_these_names(KEPT, OF_ATTENTION),
+    "dots": jax.checkpoint_policies.save_only_these_names(KEPT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
-def of_product(tree: Any) -> Any:
-    """The tree, whose arrays are kept but where `model.remat` is full: a product with weights has
-    made them, or they cost much to make again.
+def keep(tree: Any) -> Any:
+    """The tree, whose arrays are kept but where `model.remat` is full: what products with weights
+    give, and whatever else costs much, or must not come out otherwise the second time.
     """
-    return ad_checkpoint.checkpoint_name(tree, PRODUCT)
+    return ad_checkpoint.checkpoint_name(tree, KEPT)
 
 
-def of_attention(tree: Any) -> Any:
+def keep_of_attention(tree: Any) -> Any:
     """The tree, whose arrays, made by attention, are kept where `model.remat` is none."""
-    return ad_checkpoint.checkpoint_name(tree, ATTENTION)
+    return ad_checkpoint.checkpoint_name(tree, OF_ATTENTION)
 
 
 def rematerialise(run: Callable, remat: str, *, prevent_cse: bool) -> Callable:

@@ -21,7 +21,7 @@ def gather(array: jax.Array, axis: shards.Entry) -> jax.Array:
     """On a device of a mesh that has [B, L / shards, ...] of its rows: [B, L, ...]."""
     if axis is None:
         return array
-    return residuals.of_attention(jax.lax.all_gather(array, axis, axis=1, tiled=True))
+    return residuals.keep_of_attention(jax.lax.all_gather(array, axis, axis=1, tiled=True))
 
 
 def take(hidden: jax.Array, source: jax.Array, where: NamedSharding | None) -> jax.Array:
