@@ -16,6 +16,8 @@ from dpo_jax.data import rows, tokenise, tokenizer
 
 # completions and columns that unpaired examples may have
 UNPAIRED = ("completion", "mismatched"), ("desirable", "density_ratio")
+# seconds of compiling from which a program is kept on disk
+LEAST_COMPILING = 0.5
 
 
 class Inputs(NamedTuple):
@@ -225,4 +227,4 @@ def enable_compile_cache(folder: str) -> None:
         return
     os.makedirs(folder, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_COMPILING)

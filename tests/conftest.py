@@ -76,9 +76,8 @@ def all_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
 def libtpu() -> Iterator[None]:
     """TPUs can be compiled for, with `targets.find`."""
     pytest.importorskip("libtpu")
-    kept_from = jax.config.jax_persistent_cache_min_compile_time_secs
     yield
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", kept_from)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", inputs.LEAST_COMPILING)
 
 
 @pytest.fixture(scope="session")
