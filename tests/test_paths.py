@@ -86,11 +86,13 @@ def test_what_a_killed_process_was_writing_is_removed_and_what_a_living_one_writ
     (tmp_path / "[in]").mkdir()
     command = [sys.executable, "-c", WRITES, str(tmp_path / "[in]" / "tokens.npy")]
     with subprocess.Popen(command, cwd=tiny.ROOT, stdout=subprocess.PIPE) as writer:
-        assert writer.stdout is not None and writer.stdout.readline() == b"writing\n"
-        paths.write_text(str(tmp_path / "kept"), "whole")
-        paths.remove_abandoned(str(tmp_path))
-        assert len(list(tmp_path.glob("*/*"))) == 1
-        writer.kill()
+        try:
+            assert writer.stdout is not None and writer.stdout.readline() == b"writing\n"
+            paths.write_text(str(tmp_path / "kept"), "whole")
+            paths.remove_abandoned(str(tmp_path))
+            assert len(list(tmp_path.glob("*/*"))) == 1
+        finally:
+            writer.kill()
     with monkeypatch.context() as patch:
         # another machine, which does not know of this one's locks
         patch.setattr("socket.gethostname", lambda: "another")

@@ -112,8 +112,7 @@ def on_each_device(
     heads = shards.fit(heads, key.shape, rows.mesh)
 
     def run_own(query, key, value, *ids: attention.Ids) -> jax.Array:
-        key, value = (sequence.gather(array, tokens) for array in (key, value))
-        return run(query, key, value, *ids)
+        return run(query, sequence.gather(key, tokens), sequence.gather(value, tokens), *ids)
 
     shared = jax.shard_map(
         run_own,
