@@ -281,7 +281,8 @@ def lay_out(
             data,
             experiment.batch_size,
             shards,
-            experiment.seed,
+            # the same batches whatever the run's seed
+            pack.TRIED_SEED,
             number=batches * evaluations,
             **options,
         )

@@ -11,7 +11,6 @@ Dimensions: N examples of a step.
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import os
 import subprocess
@@ -37,8 +36,7 @@ from dpo_jax import (
     sharding,
     task,
 )
-from dpo_jax.data import rows
-from dpo_jax.data import steps as data_steps
+from dpo_jax.data import epochs, rows
 from dpo_jax.hlo import costs, text
 
 # glibc's: keep freed memory, so that every step does not ask the kernel for it again. It ignores
@@ -114,11 +112,9 @@ def run(
     experiment = trimmed(experiment, steps)
     mesh = sharding.make_mesh(experiment.mesh, jax.devices())
     found = inputs.load(experiment, mesh)
-    count, starts = len(found.train.prompts), data_steps.by_number(experiment.batch_size, steps)
-    examples = [
-        data_steps.between(count, experiment.seed, int(first), int(last))
-        for first, last in itertools.pairwise(starts)
-    ]
+    size = experiment.batch_size
+    order = epochs.order(found.train, size, experiment.seed, balanced=experiment.balance_steps)
+    examples = [epochs.between(order, one * size, (one + 1) * size) for one in range(steps)]
     useful = [int(rows.sizes(found.train, indices=one).tokens.sum()) for one in examples]
     with tempfile.TemporaryDirectory(prefix="dpo_jax_benchmark_") as folder:
         own = [sys.executable, "-m", "scripts.benchmark", str(experiment_file), *arguments]

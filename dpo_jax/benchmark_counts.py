@@ -65,7 +65,7 @@ def epoch(count: int, plan: pack.Plan) -> list[np.ndarray]:
     """The examples of each step until all, so many, have had their turn."""
     found: list[np.ndarray] = []
     while sum(map(len, found)) < count:
-        found.append(pack.examples(count, plan, len(found)))
+        found.append(pack.examples(plan, len(found)))
     return found
 
 

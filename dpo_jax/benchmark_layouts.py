@@ -102,7 +102,7 @@ def make_padded(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Stepp
     def batches() -> Iterator[tuple[dict, int]]:
         for number in range(experiment.steps):
             data, plan, _ = run.train
-            batch = pad(data, pack.examples(len(data.prompts), plan, number))
+            batch = pad(data, pack.examples(plan, number))
             yield sharding.put_batch(batch, mesh), batch["tokens"].size
 
     return Stepper(step, compile, lambda batch: {}, state, batches())

@@ -169,7 +169,7 @@ def make_timer(
                 jax.block_until_ready(values)
                 taken.append(time.perf_counter() - start)
             seconds.append(float(np.median(taken[WARM:])))
-            chosen = pack.examples(len(data.prompts), plan, number)
+            chosen = pack.examples(plan, number)
             floor += benchmark_flops.floor_flops(shape, data, chosen)
             tokens += int(rows.sizes(data, indices=chosen).tokens.sum())
         flops = benchmark_layouts.count_flops(stepper, state, placed)["flops"]

@@ -308,6 +308,9 @@ class Experiment:
     # positions a step instead, filled with as many examples as they hold; batch_size is then that
     # of evaluations and samples alone; None: batch_size examples a step
     batch_tokens: Count | None = None
+    # examples are exchanged among the next few hundred steps until all have about equally many
+    # tokens, so that shapes are full; of no effect with batch_tokens; False: a plain shuffle
+    balance_steps: bool = True
     # parts of a step whose gradients are accumulated
     microbatches: Count = 1
     # over what a loss's batch statistics (KTO's KL) are taken when there are several microbatches

@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dpo_jax.data import ladder, pack, rows, steps, tokenise
+from dpo_jax.data import epochs, ladder, pack, rows, tokenise
 
 # prompt 11 12, chosen 21 22 23, rejected 31 (from elsewhere in the tokens); prompt 41, 51, 61 62
 HAND = tokenise.Tokenised(
@@ -30,10 +30,6 @@ def indices(batch: dict) -> list[int]:
     return sorted(batch["index"][batch["weight"] > 0].tolist())
 
 
-def epochs_end_to_end(count: int, seed: int, epochs: int) -> list[int]:
-    return [i for epoch in range(epochs) for i in steps.permutation(count, seed, epoch).tolist()]
-
-
 def spans_of(batch: dict, names: tuple[str, ...]) -> dict[tuple[int, int], list[list[int]]]:
     """(row, example) -> tokens of prompt and completions, read back from a batch."""
     found = {}
@@ -48,9 +44,9 @@ def spans_of(batch: dict, names: tuple[str, ...]) -> dict[tuple[int, int], list[
 def test_seeds_of_a_sweep_have_the_same_shapes(draw_examples):
     data = draw_examples(200, seed=1, tokens=(1, 60))
     first, second = (pack.plan(data, 8, 2, seed=seed) for seed in (0, 5))
-    assert first.ladder == second.ladder and (first.seed, second.seed) == (0, 5)
+    assert first.ladder == second.ladder and (first.order.seed, second.order.seed) == (0, 5)
     first, second = (pack.plan_by_tokens(data, 2048, 2, seed, 9) for seed in (0, 5))
-    assert first.ladder == second.ladder and (first.seed, second.seed) == (0, 5)
+    assert first.ladder == second.ladder and (first.order.seed, second.order.seed) == (0, 5)
 
 
 def test_a_batch_is_a_function_of_data_seed_step_and_parts(draw_examples):
@@ -79,18 +75,14 @@ def test_step_s_has_the_examples_s_b_to_s_plus_1_b_of_the_epochs_end_to_end(
 ):
     data = draw_examples(count)
     plan = pack.plan(data, batch_size, 1, seed=9)
-    order = epochs_end_to_end(count, 9, 8 * batch_size // count + 1)
+    order = epochs.order(data, batch_size, 9, balanced=True)
     for step in range(8):
         batch = pack.batch(data, plan, step)
-        assert indices(batch) == sorted(order[step * batch_size : (step + 1) * batch_size])
+        assert indices(batch) == sorted(
+            epochs.between(order, step * batch_size, (step + 1) * batch_size).tolist()
+        )
         assert sorted(set(batch["weight"].tolist())) in ([1.0], [0.0, 1.0])
         assert batch["weight"].sum() == batch_size
-
-
-def test_every_epoch_has_an_order_of_its_own_with_every_example_once():
-    orders = [steps.permutation(30, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
-    assert all(sorted(order) == list(range(30)) for order in orders)
-    assert len({tuple(order) for order in orders}) == 4
 
 
 @pytest.mark.parametrize("row_shards", [2, 3, 8])
@@ -123,7 +115,7 @@ def test_the_rows_of_every_batch_are_a_multiple_of_the_parts(draw_examples, part
 
 def test_the_layout_of_two_examples_in_one_row_token_by_token():
     shape = rows.Shape(rows=1, tokens=12, scored=9, examples=3)
-    plan = pack.Plan(2, 1, 0, (shape,))
+    plan = pack.Plan(2, 1, None, (shape,))
     batch = pack.pack(HAND, plan, np.array([0, 1]))
     expected = {
         "tokens": [11, 12, 21, 22, 23, 31, 41, 51, 61, 62, 0, 0],
@@ -178,7 +170,7 @@ def test_of_rows_that_are_not_held_here_no_token_is_read_and_the_others_are_the_
 
 def test_mismatched_completions_are_scored_behind_all_others_of_their_row():
     data = dataclasses.replace(HAND, names=("completion", "mismatched"))
-    batch = pack.pack(data, pack.Plan(2, 1, 0, (rows.Shape(1, 12, 9, 3),)), np.array([0, 1]))
+    batch = pack.pack(data, pack.Plan(2, 1, None, (rows.Shape(1, 12, 9, 3),)), np.array([0, 1]))
     assert batch["source"].tolist() == [[1, 2, 3, 6, 1, 6, 8, 0, 0]]
     assert batch["target"].tolist() == [[21, 22, 23, 51, 31, 61, 62, 0, 0]]
     assert batch["slot"].tolist() == [[1, 1, 1, 3, 2, 4, 4, 0, 0]]
@@ -188,7 +180,7 @@ def test_mismatched_completions_are_scored_behind_all_others_of_their_row():
 
 def test_a_row_without_examples_is_empty_throughout():
     shape = rows.Shape(rows=2, tokens=12, scored=9, examples=3)
-    batch = pack.pack(HAND, pack.Plan(2, 2, 0, (shape,)), np.array([0]))
+    batch = pack.pack(HAND, pack.Plan(2, 2, None, (shape,)), np.array([0]))
     assert batch["weight"].tolist() == [1, 0, 0, 0, 0, 0]
     for name in ("tokens", "example", "branch", "position", "source", "target", "slot"):
         assert batch[name][0].any() and not batch[name][1].any(), name
@@ -239,7 +231,10 @@ def test_evaluation_visits_every_example_once_and_empty_slots_weigh_nothing(
     data = draw_examples(count, ("completion", "mismatched"))
     plan = pack.plan(data, batch_size, parts, seed=0)
     batches = list(pack.evaluation_batches(data, plan))
-    assert [i for batch in batches for i in indices(batch)] == list(range(count))
+    order = epochs.between(epochs.order(data, batch_size, 0, balanced=True), 0, count)
+    expected = [order[first : first + batch_size] for first in range(0, count, batch_size)]
+    assert [indices(batch) for batch in batches] == [sorted(one.tolist()) for one in expected]
+    assert sorted(order.tolist()) == list(range(count))
     for batch in batches:
         empty = batch["weight"] == 0
         assert batch["weight"][~empty].tolist() == [1.0] * (~empty).sum()
@@ -255,11 +250,11 @@ def test_a_step_that_needs_more_rows_than_the_ladder_has_still_packs(draw_exampl
     largest = plan.ladder[-1]
     short = dataclasses.replace(plan, ladder=(largest._replace(rows=2, tokens=32, scored=32),))
     batch = pack.batch(data, short, 0)
-    assert indices(batch) == sorted(pack.examples(40, plan, 0).tolist())
+    assert indices(batch) == sorted(pack.examples(plan, 0).tolist())
     assert len(batch["tokens"]) > 2
     assert len(batch["tokens"]) % 2 == 0
     # no more than it needs: two rows fewer do not hold it
-    step = rows.sizes(data, indices=pack.examples(40, plan, 0))
+    step = rows.sizes(data, indices=pack.examples(plan, 0))
     fewer = rows.Shape(len(batch["tokens"]) - 2, 32, 32, largest.examples)
     assert rows.assign(step, fewer) is None
 
@@ -281,7 +276,7 @@ def test_a_plan_made_before_the_examples_holds_as_many_of_the_largest_as_it_says
 
 def test_a_batch_takes_the_cheapest_rung_that_holds_it():
     rungs = tuple(rows.Shape(number, 6, 6, 1) for number in (1, 2, 4))
-    plan = pack.Plan(2, 1, 0, rungs)
+    plan = pack.Plan(2, 1, None, rungs)
     assert len(pack.pack(HAND, plan, np.array([0]))["tokens"]) == 1
     assert len(pack.pack(HAND, plan, np.array([0, 1]))["tokens"]) == 2
     assert len(pack.pack(HAND, plan, np.array([0, 1, 0]))["tokens"]) == 4
@@ -313,10 +308,10 @@ def test_steps_counted_in_tokens_take_every_example_in_turn(draw_examples, names
     data = draw_examples(90, names, tokens=(2, 30))
     plan = by_tokens(data)
     found = [pack.batch(data, plan, step) for step in range(40)]
-    taken = [i for step in range(40) for i in pack.examples(90, plan, step).tolist()]
-    assert taken == epochs_end_to_end(90, 5, len(taken) // 90 + 1)[: len(taken)]
+    taken = [i for step in range(40) for i in pack.examples(plan, step).tolist()]
+    assert taken == epochs.between(epochs.Order(90, 5), 0, len(taken)).tolist()
     for step, batch in enumerate(found):
-        assert indices(batch) == sorted(pack.examples(90, plan, step).tolist())
+        assert indices(batch) == sorted(pack.examples(plan, step).tolist())
         assert len(batch["tokens"]) % 2 == 0
     held = [batch["tokens"].size for batch in found]
     # none of the drawn steps needs a shape of its own

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from dpo_jax import config
-from dpo_jax.data import fold, rows, steps, tokenise
+from dpo_jax.data import epochs, fold, rows, steps, tokenise
 from dpo_jax.data import ladder as data_ladder
 
 # says which of so many rows of a batch are held here: bool [B]
@@ -40,7 +40,8 @@ class Plan:
     # examples of an evaluation's batch, and of a step where `starts` is None
     batch_size: int
     parts: int
-    seed: int
+    # of the examples; None: as the data have them, and only evaluations can be made
+    order: epochs.Order | None
     # from cheap to dear
     ladder: tuple[rows.Shape, ...]
     # the prompts' own tokens are scored too, but for the first, as a completion PROMPT
@@ -63,9 +64,10 @@ def plan(
     number: float = math.inf,
     scores_prompt: bool = False,
     row_shards: int = 1,
+    balanced: bool = True,
 ) -> Plan:
     """Chooses the shapes for steps of so many examples, from the lengths alone, so that a typical
-    step wastes least.
+    step wastes least, and where they are balanced their examples too.
 
     `parts` is batch shards times microbatches; the rows of every shape are a multiple of it, and
     its tokens and scored tokens one of the shards over which a row lies. In a small number of
@@ -75,13 +77,16 @@ def plan(
     all_sizes = rows.sizes(data, scores_prompt)
     count = sampled_steps(batch_size)
     starts = steps.by_number(batch_size, count * LOOKED_THROUGH)
-    found = steps.sizes(all_sizes, starts, TRIED_SEED)
+    tried, order = (
+        epochs.order(data, batch_size, one, balanced=balanced) for one in (TRIED_SEED, seed)
+    )
+    found = steps.sizes(all_sizes, starts, tried)
     sampled = rows.Sizes(found.tokens[:count], found.scored[:count])
     multiples = data_ladder.multiples(parts, row_shards)
     climbed = data_ladder.climb(sampled, multiples, most(all_sizes), number)
     climbed = data_ladder.widen(climbed, largest(found), multiples)
     shapes, curve = climbed
-    return Plan(batch_size, parts, seed, shapes, scores_prompt, curve, row_shards=row_shards)
+    return Plan(batch_size, parts, order, shapes, scores_prompt, curve, row_shards=row_shards)
 
 
 def plan_by_tokens(
@@ -101,16 +106,18 @@ def plan_by_tokens(
     all_sizes = rows.sizes(data, scores_prompt)
     count = sampled_steps(round(batch_tokens / all_sizes.tokens.mean()))
 
+    tried, order = (epochs.shuffled(data, one) for one in (TRIED_SEED, seed))
+
     def cut(limit: int) -> rows.Sizes:
         starts = steps.by_tokens(all_sizes.tokens, limit, TRIED_SEED, count)
-        return steps.sizes(all_sizes, starts, TRIED_SEED)
+        return steps.sizes(all_sizes, starts, tried)
 
     multiples = data_ladder.multiples(parts, row_shards)
     climbed, limit = data_ladder.climb_within(cut, batch_tokens, multiples, most(all_sizes), number)
     starts = steps.by_tokens(all_sizes.tokens, limit, seed, number)
     fewest = int(np.diff(starts).min())
     shapes, curve = climbed
-    return Plan(fewest, parts, seed, shapes, scores_prompt, curve, starts, row_shards)
+    return Plan(fewest, parts, order, shapes, scores_prompt, curve, starts, row_shards)
 
 
 def plan_run(
@@ -123,7 +130,8 @@ def plan_run(
 ) -> Plan:
     """The plan of a run's training steps, counted in examples or in tokens as it says."""
     size, seed, tokens = experiment.batch_size, experiment.seed, experiment.batch_tokens
-    run: Callable[..., Plan] = functools.partial(plan, data, size)
+    balanced = experiment.balance_steps
+    run: Callable[..., Plan] = functools.partial(plan, data, size, balanced=balanced)
     if tokens is not None:
         run = functools.partial(plan_by_tokens, data, tokens)
     number = experiment.steps
@@ -160,7 +168,7 @@ def plan_within(
     scored = data_ladder.round_up(2 * scored, multiples.scored)
     counts = dict.fromkeys(data_ladder.round_up(batch_size / share, parts) for share in (8, 4, 2))
     shapes = (rows.Shape(count, tokens, scored, min(batch_size, 16)) for count in counts)
-    return Plan(batch_size, parts, 0, tuple(shapes), row_shards=row_shards)
+    return Plan(batch_size, parts, None, tuple(shapes), row_shards=row_shards)
 
 
 def describe(plan: Plan, count: int, number: int) -> str:
@@ -180,13 +188,15 @@ def describe(plan: Plan, count: int, number: int) -> str:
     )
 
 
-def examples(count: int, plan: Plan, step: int) -> np.ndarray:
-    """The examples of a step, of `count` in the data: int64 [b]."""
+def examples(plan: Plan, step: int) -> np.ndarray:
+    """The examples of a step: int64 [b]; ValueError where the plan was made before them."""
+    if plan.order is None:
+        raise ValueError("a plan that was made before the examples has no steps of them")
     if plan.starts is None:
         first, last = step * plan.batch_size, (step + 1) * plan.batch_size
     else:
         first, last = plan.starts[step : step + 2].tolist()
-    return steps.between(count, plan.seed, first, last)
+    return epochs.between(plan.order, first, last)
 
 
 def fingerprint(plan: Plan) -> str:
@@ -204,16 +214,19 @@ def batch(data: tokenise.Tokenised, plan: Plan, step: int, held: Held = all_rows
     """The batch of a training step, as `docs/design.md` lists it, NumPy arrays, and `index` int32
     [N] beside it. Rows that are not held here stay empty: their tokens are not read.
     """
-    return pack(data, plan, examples(len(data.prompts), plan, step), held)
+    return pack(data, plan, examples(plan, step), held)
 
 
 def evaluation_batches(
     data: tokenise.Tokenised, plan: Plan, held: Held = all_rows
 ) -> Iterator[dict]:
-    """All examples once, in order, the last batch with empty slots of weight 0."""
-    for start in range(0, len(data.prompts), plan.batch_size):
-        stop = min(start + plan.batch_size, len(data.prompts))
-        yield pack(data, plan, np.arange(start, stop), held)
+    """All examples once, in the order of the plan's first epoch, the last batch with empty slots of
+    weight 0.
+    """
+    count = len(data.prompts)
+    order = np.arange(count) if plan.order is None else epochs.between(plan.order, 0, count)
+    for start in range(0, count, plan.batch_size):
+        yield pack(data, plan, order[start : start + plan.batch_size], held)
 
 
 def pack(data: tokenise.Tokenised, plan: Plan, indices: np.ndarray, held: Held = all_rows) -> dict:

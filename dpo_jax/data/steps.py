@@ -5,21 +5,7 @@ Dimensions: N examples of the data, n steps of at most b examples.
 
 import numpy as np
 
-from dpo_jax.data import rows
-
-
-def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    """Order of the examples in an epoch: int64 [count], a function of (seed, epoch)."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
-
-
-def between(count: int, seed: int, first: int, last: int) -> np.ndarray:
-    """Examples at the places [first, last) of the epochs' orders, end to end: int64. They may
-    straddle epochs.
-    """
-    epochs = range(first // count, (last - 1) // count + 1)
-    order = np.concatenate([permutation(count, seed, epoch) for epoch in epochs])
-    return order[first - epochs[0] * count :][: last - first]
+from dpo_jax.data import epochs, rows
 
 
 def by_number(batch_size: int, steps: int) -> np.ndarray:
@@ -28,15 +14,15 @@ def by_number(batch_size: int, steps: int) -> np.ndarray:
 
 
 def by_tokens(tokens: np.ndarray, limit: int, seed: int, steps: int) -> np.ndarray:
-    """The same for steps that take examples as long as their tokens [N] are at most `limit`
-    together, of which no example has more.
+    """The same for steps that take examples of a plain shuffle as long as their tokens [N] are at
+    most `limit` together, of which no example has more.
     """
     starts = [0]
     # sums of tokens before the places from `base` on
     base, sums, epoch = 0, np.zeros(1, np.int64), 0
     for _ in range(steps):
         while sums[-1] - sums[starts[-1] - base] <= limit:
-            more = sums[-1] + np.cumsum(tokens[permutation(len(tokens), seed, epoch)])
+            more = sums[-1] + np.cumsum(tokens[epochs.permutation(len(tokens), seed, epoch)])
             sums = np.concatenate([sums[starts[-1] - base :], more])
             base, epoch = starts[-1], epoch + 1
         enough = sums[starts[-1] - base] + limit
@@ -44,10 +30,10 @@ def by_tokens(tokens: np.ndarray, limit: int, seed: int, steps: int) -> np.ndarr
     return np.array(starts)
 
 
-def sizes(all_sizes: rows.Sizes, starts: np.ndarray, seed: int) -> rows.Sizes:
+def sizes(all_sizes: rows.Sizes, starts: np.ndarray, order: epochs.Order) -> rows.Sizes:
     """Sizes of the examples of each step, [n, b], where a step with fewer than b ends with 0."""
-    order = between(len(all_sizes.tokens), seed, int(starts[0]), int(starts[-1]))
+    taken_in_order = epochs.between(order, int(starts[0]), int(starts[-1]))
     place = (starts[:-1] - starts[0])[:, None] + np.arange(np.diff(starts).max())
-    taken = place < (starts[1:] - starts[0])[:, None]
-    found = order[np.minimum(place, len(order) - 1)]
-    return rows.Sizes(*(np.where(taken, one[found], 0) for one in all_sizes))
+    is_taken = place < (starts[1:] - starts[0])[:, None]
+    found = taken_in_order[np.minimum(place, len(taken_in_order) - 1)]
+    return rows.Sizes(*(np.where(is_taken, one[found], 0) for one in all_sizes))
