@@ -281,8 +281,7 @@ def lay_out(
             data,
             experiment.batch_size,
             shards,
-            # the same batches whatever the run's seed
-            pack.TRIED_SEED,
+            experiment.seed,
             number=batches * evaluations,
             **options,
         )

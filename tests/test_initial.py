@@ -87,11 +87,11 @@ def load_checkpoint(run: Path) -> dict[str, dict[str, tuple[int, ...]]]:
 )
 def test_the_first_loss_of_an_adapter_is_log_2_on_every_mesh(folder, tmp_path, axes, capsys):
     mesh_fields = {f"mesh.{name}": size for name, size in axes.items()}
-    fields = {**RANK, "lora.targets": None, **mesh_fields, "steps": 3}
+    fields = {**RANK, "lora.targets": None, **mesh_fields, "steps": 8}
     train.train(tiny.experiment(folder, tmp_path / "run", **fields), tiny.FILE)
     found = tiny.metrics(tmp_path / "run")
     assert found[1]["loss"] == pytest.approx(np.log(2), rel=1e-6)
-    assert found[3]["loss"] < np.log(2) - 1e-3
+    assert found[8]["loss"] < np.log(2) - 0.05
     printed = capsys.readouterr().out
     assert "training a new adapter of 8,192 parameters on tiny (" in printed
     assert "reference: the base with the adapter off; held beside the state: base" in printed

@@ -18,6 +18,7 @@ SHARED: dict[str, Any] = {
     "seed": 3,
     "workdir": "elsewhere",
     "batch_size": 16,
+    "balance_steps": False,
     "batch_tokens": 1024,
     "evaluate_every": 1,
     "checkpoint_every": 1,

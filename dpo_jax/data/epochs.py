@@ -17,14 +17,20 @@ WINDOW, WINDOW_EXAMPLES = 256, 8192
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Order:
-    """What the epochs' orders depend on."""
+    """What the epochs' orders depend on: plain shuffles."""
 
     count: int
     seed: int
-    # examples a step, and each one's shares of tokens and scored tokens, int64 [2, N], by which
-    # steps are made even; None: a plain shuffle
-    batch_size: int = 1
-    shares: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Balanced(Order):
+    """The same for orders of even steps."""
+
+    # examples a step
+    batch_size: int
+    # of tokens and scored tokens, int64 [2, N]
+    shares: np.ndarray
 
 
 def order(data: tokenise.Tokenised, batch_size: int, seed: int, *, balanced: bool) -> Order:
@@ -32,7 +38,7 @@ def order(data: tokenise.Tokenised, batch_size: int, seed: int, *, balanced: boo
     if not balanced or batch_size == 1:
         return shuffled(data, seed)
     # whether prompts are scored too does not count, so that all losses take the same steps
-    return Order(len(data.prompts), seed, batch_size, balance.shares(rows.sizes(data)))
+    return Balanced(len(data.prompts), seed, batch_size, balance.shares(rows.sizes(data)))
 
 
 def shuffled(data: tokenise.Tokenised, seed: int) -> Order:
@@ -62,7 +68,7 @@ def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
 
 def _within(order: Order, epoch: int, first: int, last: int) -> np.ndarray:
     """Those at the places [first, last) of one epoch."""
-    if order.shares is None:
+    if not isinstance(order, Balanced):
         return permutation(order.count, order.seed, epoch)[first:last]
     bounds = windows(order, epoch)
     numbers = range(
@@ -73,7 +79,7 @@ def _within(order: Order, epoch: int, first: int, last: int) -> np.ndarray:
     return found[first - bounds[numbers[0]] : last - bounds[numbers[0]]]
 
 
-def windows(order: Order, epoch: int) -> np.ndarray:
+def windows(order: Balanced, epoch: int) -> np.ndarray:
     """Places of an epoch at which windows start, and the last one's end: int64 [n + 1]. They start
     where steps do; the first and the last also have the part of a step that lies in this epoch.
     """
@@ -88,7 +94,7 @@ def windows(order: Order, epoch: int) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=8)
-def _window(order: Order, epoch: int, number: int) -> np.ndarray:
+def _window(order: Balanced, epoch: int, number: int) -> np.ndarray:
     """The examples of a window: steps in random order, each of which may hold any of them."""
     first, last = windows(order, epoch)[number : number + 2].tolist()
     inside = permutation(order.count, order.seed, epoch)[first:last]

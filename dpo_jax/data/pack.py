@@ -28,8 +28,8 @@ FEWEST_SAMPLED, MOST_SAMPLED = 16, 384
 # among so many times as many steps the largest are looked for, this many by tokens and as many by
 # scored tokens
 LOOKED_THROUGH, LARGEST = 4, 4
-# of the order in which they are tried out, whatever the run's, so that runs that differ in theirs
-# compile the same shapes
+# of the order in which they are tried out, and of evaluations, so that runs that differ in their
+# own compile the same shapes, evaluate the same batches and go on with each other's tables
 TRIED_SEED = 0
 
 
@@ -220,11 +220,13 @@ def batch(data: tokenise.Tokenised, plan: Plan, step: int, held: Held = all_rows
 def evaluation_batches(
     data: tokenise.Tokenised, plan: Plan, held: Held = all_rows
 ) -> Iterator[dict]:
-    """All examples once, in the order of the plan's first epoch, the last batch with empty slots of
-    weight 0.
+    """All examples once, in an order that does not depend on the run's seed, the last batch with
+    empty slots of weight 0.
     """
     count = len(data.prompts)
-    order = np.arange(count) if plan.order is None else epochs.between(plan.order, 0, count)
+    order = np.arange(count)
+    if plan.order is not None:
+        order = epochs.between(dataclasses.replace(plan.order, seed=TRIED_SEED), 0, count)
     for start in range(0, count, plan.batch_size):
         yield pack(data, plan, order[start : start + plan.batch_size], held)
 
