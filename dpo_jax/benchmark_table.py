@@ -9,8 +9,8 @@ from dpo_jax import benchmark_flops
 
 HEADER = """\
 | contender | useful tokens/s | slower than the first by | bound | reached | fill | FLOPs / floor |\
- share of the product rate | peak memory | first step | compile |
-| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"""
+ share of the product rate | peak memory | first step | again | compile |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"""
 BOUND = (
     "The bound is the ratio that would be seen if both ran all their own matrix products at the "
     "rate of products of their type (JAX's, or as the other trainer's own process measured it) and "
@@ -59,12 +59,15 @@ def describe_one(result: Mapping[str, Any], record: Mapping[str, Any]) -> str:
         bound, reached = f"{shortest / own:.2f}", f"{ratio * own / shortest:.0%}"
     fill = "" if result["fill"] is None else f"{result['fill']:.1%}"
     flops = f"{sum(result['flops'].values()) / floor:.2f}" if result["flops"] else ""
-    compiled = "" if result["compile"] is None else f"{result['compile']:.1f} s"
+    again, compiled = (
+        "" if result[name] is None else f"{result[name]:.1f} s"
+        for name in ("first_step_again", "compile")
+    )
     return (
         f"| {result['name']} | {median:,.0f} ({rates.min():,.0f} to {rates.max():,.0f}) | "
         f"{ratio:.2f} | {bound} | {reached} | {fill} | {flops} | "
         f"{median * floor / product_rate:.0%} | {result['peak'] / 2**30:.2f} GiB | "
-        f"{result['first_step']:.1f} s | {compiled} |"
+        f"{result['first_step']:.1f} s | {again} | {compiled} |"
     )
 
 

@@ -109,6 +109,8 @@ def work(own: argparse.Namespace, experiment: config.Experiment, file: Path) -> 
         benchmark_sweep,
         benchmark_worker,
         initial,
+        inputs,
+        paths,
         sharding,
     )
 
@@ -118,6 +120,7 @@ def work(own: argparse.Namespace, experiment: config.Experiment, file: Path) -> 
         return
     model = dataclasses.replace(experiment.model, source=f"{own.folder}/model")
     experiment = benchmark.trimmed(experiment, benchmark.LONG_RUN).replace(model=model)
+    inputs.enable_compile_cache(paths.join(paths.cache_folder(), "compiled"))
     mesh = sharding.make_mesh(experiment.mesh, jax.devices())
     stepper = benchmark_layouts.LAYOUTS[own.worker](experiment, mesh)
     dtype = initial.compute_type(experiment.model)

@@ -158,13 +158,28 @@ RECORD = {
     "matmul_flops_per_second": 4e9,
     "results": [
         {"name": "packed", "rates": [1000.0, 900.0, 1100.0], "fill": 0.9, "first_step": 4.0}
+        | {"first_step_again": 2.5}
         | {"compile": 3.0, "peak": 2**30, "flops": {"float32": 3e6}, "products": {}, "loss": 0.5}
         | {"uncounted": ["loop while.1", "fft f"]},
         {"name": "trl", "rates": [100.0, 180.0, 55.0], "fill": None, "first_step": 9.0}
-        | {"compile": None, "peak": 2**31, "flops": {"float32": 1e6, "bfloat16": 8e6}, "loss": 0.5}
+        | {
+            "first_step_again": None,
+            "compile": None,
+            "peak": 2**31,
+            "flops": {"float32": 1e6, "bfloat16": 8e6},
+            "loss": 0.5,
+        }
         | {"products": {"float32": 2e9, "bfloat16": 8e9}, "uncounted": []},
         {"name": "other", "rates": [100.0, 90.0, 110.0], "fill": None, "first_step": 9.0}
-        | {"compile": None, "peak": 2**31, "flops": {}, "products": {}, "uncounted": [], "loss": 1},
+        | {
+            "first_step_again": None,
+            "compile": None,
+            "peak": 2**31,
+            "flops": {},
+            "products": {},
+            "uncounted": [],
+            "loss": 1,
+        },
     ],
 }
 
@@ -172,12 +187,12 @@ RECORD = {
 def test_the_table_has_medians_and_ratios_round_by_round():
     table = benchmark_table.describe(RECORD).splitlines()
     # 3 MFLOP where the floor is 2
-    numbers = "1.00 | 1.00 | 100% | 90.0% | 1.50 | 50% | 1.00 GiB | 4.0 s | 3.0 s |"
+    numbers = "1.00 | 1.00 | 100% | 90.0% | 1.50 | 50% | 1.00 GiB | 4.0 s | 2.5 s | 3.0 s |"
     assert f"| packed | 1,000 (900 to 1,100) | {numbers}" in table
     # 10, 5 and 20; 0.5 and 1 ms of products where packed has 3 / 4 ms: of a bound of 2, five times
-    numbers = "10.00 | 2.00 | 500% |  | 4.50 | 5% | 2.00 GiB | 9.0 s |  |"
+    numbers = "10.00 | 2.00 | 500% |  | 4.50 | 5% | 2.00 GiB | 9.0 s |  |  |"
     assert f"| trl | 100 (55 to 180) | {numbers}" in table
-    assert "| other | 100 (90 to 110) | 10.00 |  |  |  |  | 5% | 2.00 GiB | 9.0 s |  |" in table
+    assert "| other | 100 (90 to 110) | 10.00 |  |  |  |  | 5% | 2.00 GiB | 9.0 s |  |  |" in table
     assert "tunix is left out: it has no loss kto" in table
     assert "Loss of the first step: packed 0.5000, trl 0.5000, other 1.0000." in table
     assert table[-1] == "Not in the FLOPs of packed: loop while.1; fft f."
@@ -222,7 +237,7 @@ def test_peers_are_given_the_token_ids_and_numbers_of_each_steps_examples(draw_e
 def test_a_contender_that_ends_is_an_error_with_its_exit_code():
     command = [sys.executable, "-c", "print('words'); raise SystemExit(3)"]
     with pytest.raises(ValueError, match="packed ended with exit code 3"):
-        benchmark.race({"packed": command}, "", [], benchmark.Settings())
+        benchmark.race({"packed": command}, {}, "", [], benchmark.Settings())
 
 
 def test_lines_of_a_contender_that_are_no_answers_are_passed_over():
@@ -240,8 +255,30 @@ print(json.dumps({"peak": 0}))
 say({"peak": 7})
 """
     settings = benchmark.Settings(rounds=2, steps=1)
-    (found,) = benchmark.race({"trl": [sys.executable, "-c", program]}, "", [10, 20], settings)
+    (found,) = benchmark.race({}, {"trl": [sys.executable, "-c", program]}, "", [10, 20], settings)
     assert (found.rates, found.first_step, found.peak) == ([20.0, 40.0], 2.0, 7)
+    assert found.first_step_again is None
+
+
+def test_a_contender_of_this_project_is_started_again_with_what_it_left(tmp_path):
+    program = """
+import json, os, sys
+from pathlib import Path
+def say(message): print("benchmark: " + json.dumps(message), flush=True)
+there = Path(os.environ["DPO_JAX_CACHE"])
+first = not there.exists()
+there.mkdir(parents=True, exist_ok=True)
+seconds = {"first_step": 3.0, "compile": 2.0} if first else {"first_step": 1.0, "compile": 0.5}
+say({"ready": True, "loss": 1, **seconds})
+for line in sys.stdin:
+    say({"seconds": [0.5]})
+say({"peak": 7})
+"""
+    settings = benchmark.Settings(rounds=1, steps=1)
+    command = [sys.executable, "-c", program]
+    (found,) = benchmark.race({"packed": command}, {}, str(tmp_path), [10], settings)
+    assert (found.first_step, found.first_step_again, found.compile) == (3.0, 1.0, 2.0)
+    assert found.rates == [20.0]
 
 
 @pytest.mark.slow
