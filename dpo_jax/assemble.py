@@ -25,7 +25,7 @@ from dpo_jax import (
     sharding,
     train_step,
 )
-from dpo_jax.data import pack, sides, tokenise, tokenizer
+from dpo_jax.data import epochs, pack, sides, tokenise, tokenizer
 from dpo_jax.model import config as model_config
 from dpo_jax.model import frozen, presets
 
@@ -87,6 +87,8 @@ def assemble(
     train, held_out, held_out_pairs = lay_out(experiment, found, mesh, anchor, identities)
     if train.plan.starts is not None:
         identities["batch shards, by which batch_tokens are filled"] = pack.fingerprint(train.plan)
+    else:
+        identities["rules by which steps get their examples"] = epochs.rules()
     sampler = make_sampler(experiment, found, mesh, compiled.score)
     compared = None if sampler is None else hold_compared(experiment, params, anchor)
     held = train_step.Held(started.base, hold_reference(experiment, found, anchor))

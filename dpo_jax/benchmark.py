@@ -36,7 +36,7 @@ from dpo_jax import (
     sharding,
     task,
 )
-from dpo_jax.data import epochs, rows
+from dpo_jax.data import pack, rows, tokenise
 from dpo_jax.hlo import costs, text
 
 # glibc's: keep freed memory, so that every step does not ask the kernel for it again. It ignores
@@ -115,10 +115,9 @@ def run(
     experiment = trimmed(experiment, steps)
     mesh = sharding.make_mesh(experiment.mesh, jax.devices())
     found = inputs.load(experiment, mesh)
-    size = experiment.batch_size
-    order = epochs.order(found.train, size, experiment.seed, balanced=experiment.balance_steps)
-    examples = [epochs.between(order, one * size, (one + 1) * size) for one in range(steps)]
-    useful = [int(rows.sizes(found.train, indices=one).tokens.sum()) for one in examples]
+    plan = pack.plan_run(found.train, experiment, 1)
+    examples = [pack.examples(plan, number) for number in range(steps)]
+    mixed = shuffled(examples, experiment.seed)
     with tempfile.TemporaryDirectory(prefix="dpo_jax_benchmark_") as folder:
         own = [sys.executable, "-m", "scripts.benchmark", str(experiment_file), *arguments]
         layouts, left_out = benchmark_layouts.possible(experiment, settings.layouts)
@@ -130,10 +129,16 @@ def run(
         for line in [*left_out, *lacking]:
             print(line, flush=True)
         benchmark_peers.write_model(Path(folder), found)
-        benchmark_peers.write_examples(Path(folder), experiment.loss, found.train, examples)
+        benchmark_peers.write_examples(Path(folder), experiment.loss, found.train, mixed)
+        benchmark_layouts.write_steps(folder, mixed)
+        useful = {
+            name: useful_tokens(found.train, mixed if name in (*peers, "padded") else examples)
+            for name in (*commands, *peers)
+        }
         results = race(commands, peers, folder, useful, settings)
     shape, dtype = found.initial.model.config, found.initial.model.dtype
     has_reference = experiment.reference.source is not None
+    tokens = sum(useful_tokens(found.train, examples))
     floor = sum(
         benchmark_flops.floor_flops(shape, found.train, one, has_reference=has_reference)
         for one in examples
@@ -148,11 +153,24 @@ def run(
         "device": jax.devices()[0].device_kind,
         "devices": len(jax.devices()),
         "environment": environment.environment(flags.ROOT),
-        "useful_tokens_per_step": sum(useful) / steps,
-        "floor_flops_per_useful_token": floor / sum(useful),
+        "useful_tokens_per_step": tokens / steps,
+        "floor_flops_per_useful_token": floor / tokens,
         "matmul_flops_per_second": benchmark_layouts.matmul_rate(dtype),
         "results": [result._asdict() for result in results],
     }
+
+
+def shuffled(examples: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
+    """The same examples in other steps, as a plain shuffle has them: what is padded to the longest
+    of a step loses where each has one of the longest, as balanced steps have.
+    """
+    together = np.random.default_rng(seed).permutation(np.concatenate(examples))
+    return np.split(together, np.cumsum([len(one) for one in examples])[:-1])
+
+
+def useful_tokens(data: tokenise.Tokenised, examples: Sequence[np.ndarray]) -> list[int]:
+    """Tokens of each step, those of a prompt once."""
+    return [int(rows.sizes(data, indices=one).tokens.sum()) for one in examples]
 
 
 def refuse_built_in(experiment: config.Experiment) -> None:
@@ -198,10 +216,13 @@ def race(
     layouts: Mapping[str, Sequence[str]],
     peers: Mapping[str, Sequence[str]],
     folder: str,
-    useful: Sequence[int],
+    useful: Mapping[str, Sequence[int]],
     settings: Settings,
 ) -> list[Result]:
-    """Starts the contenders one after another, and lets each run a round in turn: A B A B."""
+    """Starts the contenders one after another, and lets each run a round in turn: A B A B.
+
+    `useful` has the useful tokens of each one's steps.
+    """
     contenders: list[Contender] = []
     with contextlib.ExitStack() as running:
         for name, command in [*layouts.items(), *peers.items()]:
@@ -221,18 +242,18 @@ def start_twice(name: str, command: Sequence[str], folder: str) -> Contender:
 
 
 def take_turns(
-    contenders: Sequence[Contender], useful: Sequence[int], settings: Settings
+    contenders: Sequence[Contender], useful: Mapping[str, Sequence[int]], settings: Settings
 ) -> list[Result]:
     """The results of contenders that are ready."""
     rates: dict[str, list[float]] = {one.name: [] for one in contenders}
     for first in range(0, count_steps(settings), settings.steps):
-        tokens = sum(useful[first : first + settings.steps])
         for contender in contenders:
+            tokens = sum(useful[contender.name][first : first + settings.steps])
             seconds = order(contender, {"steps": settings.steps})["seconds"]
             rates[contender.name].append(tokens / sum(seconds))
             print(f"{contender.name}: {rates[contender.name][-1]:,.0f} useful tokens/s", flush=True)
     return [
-        summarise(contender, rates[contender.name], finish(contender), sum(useful))
+        summarise(contender, rates[contender.name], finish(contender), sum(useful[contender.name]))
         for contender in contenders
     ]
 

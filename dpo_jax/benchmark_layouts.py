@@ -5,6 +5,7 @@ Dimensions: N examples, R = 2 N rows of the padded layout, L tokens, V vocabular
 
 import dataclasses
 import functools
+import os
 import resource
 import sys
 import time
@@ -32,6 +33,8 @@ from dpo_jax.model import attention, blocks, decoder
 
 # rows of the padded layout have a multiple of so many tokens, so that few shapes compile
 MULTIPLE = 64
+# the file of the steps' examples in a race's folder
+STEPS = "steps.npy"
 
 
 class Stepper(NamedTuple):
@@ -85,9 +88,13 @@ def with_plain_attention(experiment: config.Experiment) -> config.Experiment:
     return experiment.replace(model=dataclasses.replace(experiment.model, attention="plain"))
 
 
-def make_padded(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Stepper:
+def make_padded(
+    experiment: config.Experiment,
+    mesh: jax.sharding.Mesh,
+    steps: Sequence[np.ndarray] | None = None,
+) -> Stepper:
     """A row for each completion, with the prompt again, padded to the longest, with all logits and
-    attention of all pairs of tokens.
+    attention of all pairs of tokens. `steps` has the examples of each step; None: the run's own.
     """
     experiment = with_plain_attention(experiment)
     run, state = assemble.assemble(experiment, mesh)
@@ -100,12 +107,25 @@ def make_padded(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Stepp
         return jitted.lower(state, run.held, batch, run.numbers).compile()
 
     def batches() -> Iterator[tuple[dict, int]]:
-        for number in range(experiment.steps):
-            data, plan, _ = run.train
-            batch = pad(data, pack.examples(plan, number))
+        data, plan, _ = run.train
+        own = (pack.examples(plan, number) for number in range(experiment.steps))
+        for examples in own if steps is None else steps:
+            batch = pad(data, examples)
             yield sharding.put_batch(batch, mesh), batch["tokens"].size
 
     return Stepper(step, compile, lambda batch: {}, state, batches())
+
+
+def write_steps(folder: str, steps: Sequence[np.ndarray]) -> None:
+    """Leaves the examples of each step for the process that takes them padded."""
+    np.save(os.path.join(folder, STEPS), np.stack(steps))
+
+
+def make(name: str, experiment: config.Experiment, mesh: jax.sharding.Mesh, folder: str) -> Stepper:
+    """A layout as a race takes it, whose folder has what `write_steps` left."""
+    if name == "padded":
+        return make_padded(experiment, mesh, np.load(os.path.join(folder, STEPS)))
+    return LAYOUTS[name](experiment, mesh)
 
 
 def padded_step(experiment: config.Experiment, model: decoder.Decoder) -> Callable:

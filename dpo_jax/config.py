@@ -309,7 +309,8 @@ class Experiment:
     # of evaluations and samples alone; None: batch_size examples a step
     batch_tokens: Count | None = None
     # examples are exchanged among the next few hundred steps until all have about equally many
-    # tokens, so that shapes are full; of no effect with batch_tokens; False: a plain shuffle
+    # tokens, so that shapes are full; False: a plain shuffle, which batch_tokens has anyway.
+    # Evaluations are always balanced
     balance_steps: bool = True
     # parts of a step whose gradients are accumulated
     microbatches: Count = 1

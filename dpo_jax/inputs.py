@@ -115,6 +115,11 @@ def check_switches(experiment: config.Experiment) -> None:
     check_reference(experiment.reference, experiment.steps)
     check_lora(experiment)
     check_statistics(experiment)
+    if experiment.batch_tokens is not None and not experiment.balance_steps:
+        raise ValueError(
+            f"balance_steps is False, and with batch_tokens, {experiment.batch_tokens}, steps take "
+            "examples of a plain shuffle anyway: leave one out"
+        )
     start = experiment.profile.start
     if start is not None and start >= experiment.steps:
         raise ValueError(

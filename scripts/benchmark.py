@@ -122,7 +122,7 @@ def work(own: argparse.Namespace, experiment: config.Experiment, file: Path) -> 
     experiment = benchmark.trimmed(experiment, benchmark.LONG_RUN).replace(model=model)
     inputs.enable_compile_cache(paths.join(paths.cache_folder(), "compiled"))
     mesh = sharding.make_mesh(experiment.mesh, jax.devices())
-    stepper = benchmark_layouts.LAYOUTS[own.worker](experiment, mesh)
+    stepper = benchmark_layouts.make(own.worker, experiment, mesh, own.folder)
     dtype = initial.compute_type(experiment.model)
     benchmark_worker.work(stepper, iter(sys.stdin), dtype, own.count)
 

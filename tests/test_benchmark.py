@@ -26,7 +26,7 @@ from dpo_jax import (
     losses,
     sharding,
 )
-from dpo_jax.data import pack
+from dpo_jax.data import pack, rows
 from dpo_jax.model import decoder, presets
 from scripts import benchmark_trl, benchmark_tunix
 from tests import tiny
@@ -234,10 +234,33 @@ def test_peers_are_given_the_token_ids_and_numbers_of_each_steps_examples(draw_e
     assert first["prompt"] == data.tokens[slice(*data.prompts[2])].tolist()
 
 
+def test_other_trainers_take_the_same_examples_in_steps_of_a_plain_shuffle(draw_examples):
+    data = draw_examples(400, tokens=(1, 90))
+    plan = pack.plan(data, 8, 1, seed=0)
+    own = [pack.examples(plan, step) for step in range(40)]
+    mixed = benchmark.shuffled(own, 0)
+    assert [len(one) for one in mixed] == [8] * 40
+    assert sorted(np.concatenate(mixed)) == sorted(np.concatenate(own))
+    even, uneven = (np.std(benchmark.useful_tokens(data, steps)) for steps in (own, mixed))
+    assert uneven > 5 * even
+    expected = sum(rows.sizes(data).tokens[one].sum() for one in mixed)
+    assert sum(benchmark.useful_tokens(data, mixed)) == expected
+
+
+def test_the_padded_layout_takes_the_steps_that_it_is_given(folder, tmp_path):
+    run = tiny.experiment(folder, tmp_path, batch_size=8)
+    mesh = sharding.make_mesh(run.mesh, jax.devices())
+    given = [np.arange(8), np.arange(8, 16)]
+    benchmark_layouts.write_steps(str(tmp_path), given)
+    stepper = benchmark_layouts.make("padded", run, mesh, str(tmp_path))
+    found = [batch["tokens"].shape[0] for batch, _ in stepper.batches]
+    assert found == [16, 16]
+
+
 def test_a_contender_that_ends_is_an_error_with_its_exit_code():
     command = [sys.executable, "-c", "print('words'); raise SystemExit(3)"]
     with pytest.raises(ValueError, match="packed ended with exit code 3"):
-        benchmark.race({"packed": command}, {}, "", [], benchmark.Settings())
+        benchmark.race({"packed": command}, {}, "", {}, benchmark.Settings())
 
 
 def test_lines_of_a_contender_that_are_no_answers_are_passed_over():
@@ -255,7 +278,8 @@ print(json.dumps({"peak": 0}))
 say({"peak": 7})
 """
     settings = benchmark.Settings(rounds=2, steps=1)
-    (found,) = benchmark.race({}, {"trl": [sys.executable, "-c", program]}, "", [10, 20], settings)
+    command = [sys.executable, "-c", program]
+    (found,) = benchmark.race({}, {"trl": command}, "", {"trl": [10, 20]}, settings)
     assert (found.rates, found.first_step, found.peak) == ([20.0, 40.0], 2.0, 7)
     assert found.first_step_again is None
 
@@ -276,7 +300,7 @@ say({"peak": 7})
 """
     settings = benchmark.Settings(rounds=1, steps=1)
     command = [sys.executable, "-c", program]
-    (found,) = benchmark.race({"packed": command}, {}, str(tmp_path), [10], settings)
+    (found,) = benchmark.race({"packed": command}, {}, str(tmp_path), {"packed": [10]}, settings)
     assert (found.first_step, found.first_step_again, found.compile) == (3.0, 1.0, 2.0)
     assert found.rates == [20.0]
 

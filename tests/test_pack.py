@@ -3,6 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from dpo_jax import config, losses
 from dpo_jax.data import epochs, ladder, pack, rows, tokenise
 
 # prompt 11 12, chosen 21 22 23, rejected 31 (from elsewhere in the tokens); prompt 41, 51, 61 62
@@ -66,6 +67,24 @@ def test_a_batch_is_a_function_of_data_seed_step_and_parts(draw_examples):
     assert not equal(first, pack.batch(data, pack.plan(data, 8, 2, seed=4), 5))
 
 
+def test_a_run_takes_balanced_steps_or_a_plain_shuffle_as_it_says(draw_examples):
+    data, run = draw_examples(100, tokens=(1, 60)), config.Experiment(config.Loss(losses.dpo), 20)
+    run = run.replace(batch_size=8, seed=5)
+    for order, experiment in (
+        (epochs.balanced(data, 8, 5), run),
+        (epochs.shuffled(data, 5), run.replace(balance_steps=False)),
+        (epochs.shuffled(data, 5), run.replace(batch_tokens=2048)),
+    ):
+        plan = pack.plan_run(data, experiment, 1)
+        taken = np.concatenate([pack.examples(plan, step) for step in range(15)])
+        np.testing.assert_array_equal(taken, epochs.between(order, 0, len(taken)))
+
+
+def test_a_plan_made_before_the_examples_has_no_steps():
+    with pytest.raises(ValueError, match="made before the examples"):
+        pack.examples(pack.plan_within(10, 5, 4, 1), 0)
+
+
 def test_the_parts_change_the_rows_and_not_the_examples(draw_examples):
     data = draw_examples(50, seed=1)
     for step in range(8):
@@ -80,7 +99,7 @@ def test_step_s_has_the_examples_s_b_to_s_plus_1_b_of_the_epochs_end_to_end(
 ):
     data = draw_examples(count)
     plan = pack.plan(data, batch_size, 1, seed=9)
-    order = epochs.order(data, batch_size, 9, balanced=True)
+    order = epochs.balanced(data, batch_size, 9)
     for step in range(8):
         batch = pack.batch(data, plan, step)
         assert indices(batch) == sorted(
@@ -120,7 +139,7 @@ def test_the_rows_of_every_batch_are_a_multiple_of_the_parts(draw_examples, part
 
 def test_the_layout_of_two_examples_in_one_row_token_by_token():
     shape = rows.Shape(rows=1, tokens=12, scored=9, examples=3)
-    plan = pack.Plan(2, 1, None, (shape,))
+    plan = pack.Plan(2, 1, None, None, (shape,))
     batch = pack.pack(HAND, plan, np.array([0, 1]))
     expected = {
         "tokens": [11, 12, 21, 22, 23, 31, 41, 51, 61, 62, 0, 0],
@@ -175,7 +194,9 @@ def test_of_rows_that_are_not_held_here_no_token_is_read_and_the_others_are_the_
 
 def test_mismatched_completions_are_scored_behind_all_others_of_their_row():
     data = dataclasses.replace(HAND, names=("completion", "mismatched"))
-    batch = pack.pack(data, pack.Plan(2, 1, None, (rows.Shape(1, 12, 9, 3),)), np.array([0, 1]))
+    batch = pack.pack(
+        data, pack.Plan(2, 1, None, None, (rows.Shape(1, 12, 9, 3),)), np.array([0, 1])
+    )
     assert batch["source"].tolist() == [[1, 2, 3, 6, 1, 6, 8, 0, 0]]
     assert batch["target"].tolist() == [[21, 22, 23, 51, 31, 61, 62, 0, 0]]
     assert batch["slot"].tolist() == [[1, 1, 1, 3, 2, 4, 4, 0, 0]]
@@ -185,7 +206,7 @@ def test_mismatched_completions_are_scored_behind_all_others_of_their_row():
 
 def test_a_row_without_examples_is_empty_throughout():
     shape = rows.Shape(rows=2, tokens=12, scored=9, examples=3)
-    batch = pack.pack(HAND, pack.Plan(2, 2, None, (shape,)), np.array([0]))
+    batch = pack.pack(HAND, pack.Plan(2, 2, None, None, (shape,)), np.array([0]))
     assert batch["weight"].tolist() == [1, 0, 0, 0, 0, 0]
     for name in ("tokens", "example", "branch", "position", "source", "target", "slot"):
         assert batch[name][0].any() and not batch[name][1].any(), name
@@ -236,7 +257,7 @@ def test_evaluation_visits_every_example_once_and_empty_slots_weigh_nothing(
     data = draw_examples(count, ("completion", "mismatched"))
     plan = pack.plan(data, batch_size, parts, seed=7)
     batches = list(pack.evaluation_batches(data, plan))
-    order = epochs.between(epochs.order(data, batch_size, 0, balanced=True), 0, count)
+    order = epochs.between(epochs.balanced(data, batch_size, 0), 0, count)
     expected = [order[first : first + batch_size] for first in range(0, count, batch_size)]
     assert [indices(batch) for batch in batches] == [sorted(one.tolist()) for one in expected]
     assert sorted(order.tolist()) == list(range(count))
@@ -281,7 +302,7 @@ def test_a_plan_made_before_the_examples_holds_as_many_of_the_largest_as_it_says
 
 def test_a_batch_takes_the_cheapest_rung_that_holds_it():
     rungs = tuple(rows.Shape(number, 6, 6, 1) for number in (1, 2, 4))
-    plan = pack.Plan(2, 1, None, rungs)
+    plan = pack.Plan(2, 1, None, None, rungs)
     assert len(pack.pack(HAND, plan, np.array([0]))["tokens"]) == 1
     assert len(pack.pack(HAND, plan, np.array([0, 1]))["tokens"]) == 2
     assert len(pack.pack(HAND, plan, np.array([0, 1, 0]))["tokens"]) == 4

@@ -185,7 +185,7 @@ def parts_of(folder: Path) -> list[Path]:
 
 def batches_of(data: tokenise.Tokenised, size: int = 4) -> list[list[int]]:
     """The examples of each batch, in the order in which they are scored."""
-    order = epochs.between(epochs.order(data, size, 0, balanced=True), 0, 20)
+    order = epochs.between(epochs.balanced(data, size, 0), 0, 20)
     return [sorted(order[start : start + size].tolist()) for start in range(0, 20, size)]
 
 

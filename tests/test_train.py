@@ -349,6 +349,10 @@ def test_the_handler_of_sigterm_from_before_a_run_is_put_back(
         ({"data.source": "{folder}/trian.jsonl"}, r"trian\.jsonl.*train\.jsonl"),
         ({"batch_size": 12}, r"batch_size 12 does not divide over 8 batch shards.*8 or 16"),
         ({"batch_tokens": 300}, r"batch_tokens is 300, .* 8 rows .* take \d+: raise"),
+        (
+            {"batch_tokens": 4096, "balance_steps": False},
+            r"balance_steps.*4096.*leave one",
+        ),
         ({"mesh.tensor": 3}, r"mesh\.tensor 3 = 24 devices, and there are 8"),
         ({"model.source": "tinny"}, r"tinny"),
         ({"data.max_length": 8, "data.over_length": "error"}, r"train\.jsonl:1"),

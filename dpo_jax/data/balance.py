@@ -1,15 +1,13 @@
 """Which of the examples that lie together in an epoch's order go into which of their steps, so that
 steps have about equally many tokens and scored tokens.
 
-Dimensions: N examples of a window, G groups of b places, of which one example each.
+Dimensions: N examples, G groups of b of them.
 """
 
 import numpy as np
 
 from dpo_jax.data import rows
 
-# a place that none of the window's examples takes, as an average one does in another window
-NONE = -1
 # the average example's share of tokens, and of scored tokens
 UNIT = 1024
 # exchanges end where no group is this share fuller than the average
@@ -27,35 +25,31 @@ def shares(sizes: rows.Sizes) -> np.ndarray:
     return np.stack([one * UNIT * len(one) // max(int(one.sum()), 1) for one in sizes])
 
 
-def even(members: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """The members int64 [G, b] of each group, exchanged so that groups' sums of the shares [2, N]
-    are about equal. NONE stays where it is.
+def even(count: int, own: np.ndarray) -> np.ndarray:
+    """So many groups of the examples whose shares are given, int64 [2, G b], with about equal sums
+    of both: indices, int64 [G, b].
     """
-    own = np.concatenate([own, np.full((2, 1), UNIT)], axis=1)  # of NONE, by its index
-    return exchange(deal(members, own), own)
+    return exchange(deal(count, own), own)
 
 
-def deal(members: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """The members of the groups without NONE, by rank: each group gets one of the largest G, one of
-    the next, and so on, the fullest always the smallest of them.
+def deal(count: int, own: np.ndarray) -> np.ndarray:
+    """Groups by rank: each gets one of the largest G examples, one of the next, and so on, the
+    fullest always the smallest of them.
     """
-    whole = np.flatnonzero((members != NONE).all(axis=1))
-    inside = members[whole].ravel()
-    by_size = inside[np.argsort(-own[:, inside].sum(axis=0), kind="stable")]
-    dealt = by_size.reshape(members.shape[1], len(whole))
-    full = np.zeros((2, len(whole)), np.int64)
-    found = members.copy()
-    for rank, some in enumerate(dealt):
+    by_size = np.argsort(-own.sum(axis=0), kind="stable").reshape(-1, count)
+    full = np.zeros((2, count), np.int64)
+    found = np.zeros((count, len(by_size)), np.int64)
+    for rank, some in enumerate(by_size):
         to = np.argsort(full.max(axis=0), kind="stable")
-        found[whole[to], rank] = some
+        found[to, rank] = some
         full[:, to] += own[:, some]
     return found
 
 
 def exchange(members: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """One example of a fuller group for one of an emptier, the pair of groups that makes most
-    equal, of all groups by pairs and over again: the fullest with the emptiest, the next with the
-    next, by tokens, by scored tokens and by both in turn.
+    """One example of a fuller group for one of an emptier, the pair of examples that makes the two
+    most equal, of all groups by pairs and over again: the fullest with the emptiest, the next with
+    the next, by tokens, by scored tokens and by both in turn.
     """
     members, (count, size) = members.copy(), members.shape
     half, tried = count // 2, min(size, TRIED)
@@ -66,15 +60,12 @@ def exchange(members: np.ndarray, own: np.ndarray) -> np.ndarray:
             break
         by = np.argsort(full.sum(axis=0) if number % 3 == 2 else full[number % 3], kind="stable")
         low, high = by[:half], by[::-1][:half]
+        # of all ranks, others in each round
         places = (number + np.arange(tried) * size // tried) % size
-        given, got = members[high][:, places], members[low][:, places]
-        moved = (
-            own[:, given][:, :, :, None] - own[:, got][:, :, None, :]
-        )  # [2, G / 2, tried, tried]
+        given, got = own[:, members[high][:, places]], own[:, members[low][:, places]]
+        moved = given[:, :, :, None] - got[:, :, None, :]  # [2, G / 2, tried, tried]
         gap = full[:, high] - full[:, low]
-        apart = ((gap[:, :, None, None] - 2 * moved) ** 2).sum(axis=0)
-        stays = (given == NONE)[:, :, None] | (got == NONE)[:, None, :]
-        apart = np.where(stays, np.iinfo(np.int64).max, apart).reshape(half, tried * tried)
+        apart = ((gap[:, :, None, None] - 2 * moved) ** 2).sum(axis=0).reshape(half, -1)
         best = apart.argmin(axis=1)
         helps = apart[np.arange(half), best] < (gap**2).sum(axis=0)
         first, second = (places[one[helps]] for one in np.divmod(best, tried))

@@ -40,8 +40,10 @@ class Plan:
     # examples of an evaluation's batch, and of a step where `starts` is None
     batch_size: int
     parts: int
-    # of the examples; None: as the data have them, and only evaluations can be made
+    # of the examples, and for evaluations that of one seed; None: as the data have them, and no
+    # steps can be made
     order: epochs.Order | None
+    evaluated: epochs.Order | None
     # from cheap to dear
     ladder: tuple[rows.Shape, ...]
     # the prompts' own tokens are scored too, but for the first, as a completion PROMPT
@@ -77,16 +79,24 @@ def plan(
     all_sizes = rows.sizes(data, scores_prompt)
     count = sampled_steps(batch_size)
     starts = steps.by_number(batch_size, count * LOOKED_THROUGH)
-    tried, order = (
-        epochs.order(data, batch_size, one, balanced=balanced) for one in (TRIED_SEED, seed)
-    )
+    if balanced:
+        tried = epochs.balanced(data, batch_size, TRIED_SEED)
+    else:
+        tried = epochs.shuffled(data, TRIED_SEED)
     found = steps.sizes(all_sizes, starts, tried)
+    if number * batch_size <= len(data.prompts):
+        # a run that ends within the first epoch has no steps that straddle two
+        inside = steps.within_epochs(starts, len(data.prompts))
+        found = rows.Sizes(found.tokens[inside], found.scored[inside])
     sampled = rows.Sizes(found.tokens[:count], found.scored[:count])
     multiples = data_ladder.multiples(parts, row_shards)
     climbed = data_ladder.climb(sampled, multiples, most(all_sizes), number)
     climbed = data_ladder.widen(climbed, largest(found), multiples)
     shapes, curve = climbed
-    return Plan(batch_size, parts, order, shapes, scores_prompt, curve, row_shards=row_shards)
+    order = dataclasses.replace(tried, seed=seed)
+    return Plan(
+        batch_size, parts, order, tried, shapes, scores_prompt, curve, row_shards=row_shards
+    )
 
 
 def plan_by_tokens(
@@ -117,7 +127,7 @@ def plan_by_tokens(
     starts = steps.by_tokens(all_sizes.tokens, limit, seed, number)
     fewest = int(np.diff(starts).min())
     shapes, curve = climbed
-    return Plan(fewest, parts, order, shapes, scores_prompt, curve, starts, row_shards)
+    return Plan(fewest, parts, order, tried, shapes, scores_prompt, curve, starts, row_shards)
 
 
 def plan_run(
@@ -168,7 +178,7 @@ def plan_within(
     scored = data_ladder.round_up(2 * scored, multiples.scored)
     counts = dict.fromkeys(data_ladder.round_up(batch_size / share, parts) for share in (8, 4, 2))
     shapes = (rows.Shape(count, tokens, scored, min(batch_size, 16)) for count in counts)
-    return Plan(batch_size, parts, None, tuple(shapes), row_shards=row_shards)
+    return Plan(batch_size, parts, None, None, tuple(shapes), row_shards=row_shards)
 
 
 def describe(plan: Plan, count: int, number: int) -> str:
@@ -225,8 +235,8 @@ def evaluation_batches(
     """
     count = len(data.prompts)
     order = np.arange(count)
-    if plan.order is not None:
-        order = epochs.between(dataclasses.replace(plan.order, seed=TRIED_SEED), 0, count)
+    if plan.evaluated is not None:
+        order = epochs.between(plan.evaluated, 0, count)
     for start in range(0, count, plan.batch_size):
         yield pack(data, plan, order[start : start + plan.batch_size], held)
 

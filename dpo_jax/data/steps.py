@@ -30,6 +30,11 @@ def by_tokens(tokens: np.ndarray, limit: int, seed: int, steps: int) -> np.ndarr
     return np.array(starts)
 
 
+def within_epochs(starts: np.ndarray, count: int) -> np.ndarray:
+    """Which steps have all their examples from one epoch of so many: bool [n]."""
+    return starts[:-1] // count == (starts[1:] - 1) // count
+
+
 def sizes(all_sizes: rows.Sizes, starts: np.ndarray, order: epochs.Order) -> rows.Sizes:
     """Sizes of the examples of each step, [n, b], where a step with fewer than b ends with 0."""
     taken_in_order = epochs.between(order, int(starts[0]), int(starts[-1]))
