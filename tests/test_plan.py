@@ -395,7 +395,7 @@ def test_what_a_tpu_has_no_memory_for_is_told_in_numbers(libtpu, tmp_path):
         "data.max_length": 131072,
         "mesh.fsdp": None,
     }
-    experiment = make_experiment(tmp_path, **changes)
+    experiment = make_experiment(tmp_path, **changes).replace(batch_size=64)
     examples = abstract_step.read_examples(experiment, made_up.Lengths(16000, 64000, 1000))
     found = plan.plan(experiment, examples, targets.find("v5e:2x2"))
     assert not found["fits"]
