@@ -80,6 +80,18 @@ def test_a_run_takes_balanced_steps_or_a_plain_shuffle_as_it_says(draw_examples)
         np.testing.assert_array_equal(taken, epochs.between(order, 0, len(taken)))
 
 
+def test_a_run_within_an_epoch_has_no_shape_for_steps_that_straddle_two(draw_examples):
+    data = draw_examples(1003, tokens=(1, 90))
+    short, long = (pack.plan(data, 8, 1, 0, number=number) for number in (125, 126))
+    sizes = rows.sizes(data)
+    found = [sizes.tokens[pack.examples(short, step)].sum() for step in range(1000)]
+    inside = max(total for step, total in enumerate(found) if (8 * step) % 1003 <= 995)
+    # the uneven ones are larger, and the shapes of a run that has one hold them
+    assert max(found) > 1.1 * inside
+    most = [max(one.rows * one.tokens for one in plan.ladder) for plan in (short, long)]
+    assert most[0] < 1.1 * inside and most[1] > 1.1 * inside
+
+
 def test_a_plan_made_before_the_examples_has_no_steps():
     with pytest.raises(ValueError, match="made before the examples"):
         pack.examples(pack.plan_within(10, 5, 4, 1), 0)

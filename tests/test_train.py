@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import assemble, checkpoint, config, flags, initial, losses, sharding, train
-from dpo_jax.data import builtin, pack
+from dpo_jax.data import balance, builtin, pack
 from tests import tiny
 
 # without evaluations, whose programs take longer to compile than a few steps to run
@@ -266,7 +266,7 @@ def test_a_run_with_tokens_over_two_devices_goes_on_on_fewer_shards_of_parameter
     assert lines(tmp_path)[-1] != whole[-1]
 
 
-def test_a_run_whose_inputs_have_changed_is_not_gone_on_with(folder: Path, tmp_path: Path):
+def test_a_run_whose_inputs_have_changed_is_not_gone_on_with(folder, tmp_path, monkeypatch):
     rows = (folder / "train.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "rows.jsonl").write_text("".join(rows))
     start = tiny.experiment(folder, tmp_path / "start", steps=1, **ALONE)
@@ -279,6 +279,10 @@ def test_a_run_whose_inputs_have_changed_is_not_gone_on_with(folder: Path, tmp_p
     with pytest.raises(ValueError, match="was started with other training rows: "):
         train.train(run, tiny.FILE)
     (tmp_path / "rows.jsonl").write_text("".join(rows))
+    with monkeypatch.context() as patch:
+        patch.setattr(balance, "ROUNDS", 1)
+        with pytest.raises(ValueError, match="with other rules by which steps get their examples"):
+            train.train(run, tiny.FILE)
     shutil.rmtree(tmp_path / "start")
     train.train(start.replace(seed=1), tiny.FILE)
     with pytest.raises(ValueError, match="was started with other initial policy and reference: "):
