@@ -128,17 +128,17 @@ def run(
         peers, lacking = benchmark_peers.commands(settings.peers, experiment, folder)
         for line in [*left_out, *lacking]:
             print(line, flush=True)
+        useful = dict.fromkeys(commands, useful_tokens(found.train, examples))
+        for name in {*commands, *peers} - {*benchmark_layouts.PACKED}:
+            useful[name] = useful_tokens(found.train, mixed)
         benchmark_peers.write_model(Path(folder), found)
         benchmark_peers.write_examples(Path(folder), experiment.loss, found.train, mixed)
         benchmark_layouts.write_steps(folder, mixed)
-        useful = {
-            name: useful_tokens(found.train, mixed if name in (*peers, "padded") else examples)
-            for name in (*commands, *peers)
-        }
         results = race(commands, peers, folder, useful, settings)
     shape, dtype = found.initial.model.config, found.initial.model.dtype
     has_reference = experiment.reference.source is not None
-    tokens = sum(useful_tokens(found.train, examples))
+    # the same examples, in whatever steps
+    tokens = sum(useful_tokens(found.train, mixed))
     floor = sum(
         benchmark_flops.floor_flops(shape, found.train, one, has_reference=has_reference)
         for one in examples

@@ -27,7 +27,7 @@ from dpo_jax import (
     train_step,
     vocabulary,
 )
-from dpo_jax.data import pack, tokenise
+from dpo_jax.data import tokenise
 from dpo_jax.hlo import costs, text
 from dpo_jax.model import attention, blocks, decoder
 
@@ -89,12 +89,10 @@ def with_plain_attention(experiment: config.Experiment) -> config.Experiment:
 
 
 def make_padded(
-    experiment: config.Experiment,
-    mesh: jax.sharding.Mesh,
-    steps: Sequence[np.ndarray] | None = None,
+    experiment: config.Experiment, mesh: jax.sharding.Mesh, steps: Sequence[np.ndarray]
 ) -> Stepper:
     """A row for each completion, with the prompt again, padded to the longest, with all logits and
-    attention of all pairs of tokens. `steps` has the examples of each step; None: the run's own.
+    attention of all pairs of tokens. `steps` has the examples of each step.
     """
     experiment = with_plain_attention(experiment)
     run, state = assemble.assemble(experiment, mesh)
@@ -107,10 +105,8 @@ def make_padded(
         return jitted.lower(state, run.held, batch, run.numbers).compile()
 
     def batches() -> Iterator[tuple[dict, int]]:
-        data, plan, _ = run.train
-        own = (pack.examples(plan, number) for number in range(experiment.steps))
-        for examples in own if steps is None else steps:
-            batch = pad(data, examples)
+        for examples in steps:
+            batch = pad(run.train.data, examples)
             yield sharding.put_batch(batch, mesh), batch["tokens"].size
 
     return Stepper(step, compile, lambda batch: {}, state, batches())
@@ -123,9 +119,9 @@ def write_steps(folder: str, steps: Sequence[np.ndarray]) -> None:
 
 def make(name: str, experiment: config.Experiment, mesh: jax.sharding.Mesh, folder: str) -> Stepper:
     """A layout as a race takes it, whose folder has what `write_steps` left."""
-    if name == "padded":
+    if name == PADDED:
         return make_padded(experiment, mesh, np.load(os.path.join(folder, STEPS)))
-    return LAYOUTS[name](experiment, mesh)
+    return PACKED[name](experiment, mesh)
 
 
 def padded_step(experiment: config.Experiment, model: decoder.Decoder) -> Callable:
@@ -148,12 +144,13 @@ def padded_step(experiment: config.Experiment, model: decoder.Decoder) -> Callab
     return train_step.make_train_step(scoring, tx, schedule, train_step.whole)
 
 
-LAYOUTS: dict[str, Callable[[config.Experiment, jax.sharding.Mesh], Stepper]] = {
+PACKED: dict[str, Callable[[config.Experiment, jax.sharding.Mesh], Stepper]] = {
     "packed": make_packed,
     "cached": make_cached,
     "plain": make_plain,
-    "padded": make_padded,
 }
+PADDED = "padded"
+LAYOUTS = (*PACKED, PADDED)
 
 
 def possible(experiment: config.Experiment, names: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -168,7 +165,7 @@ def possible(experiment: config.Experiment, names: Sequence[str]) -> tuple[list[
             raise ValueError(f"there is no layout {name!r}: --layouts takes {', '.join(LAYOUTS)}")
         if name == "cached" and experiment.reference.source is None:
             left_out.append("cached is left out: the run has no reference")
-        elif name == "padded" and more:
+        elif name == PADDED and more:
             left_out.append("padded is left out: the loss needs more than sums over completions")
         else:
             found.append(name)

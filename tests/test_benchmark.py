@@ -157,29 +157,17 @@ RECORD = {
     "floor_flops_per_useful_token": 2e6,
     "matmul_flops_per_second": 4e9,
     "results": [
-        {"name": "packed", "rates": [1000.0, 900.0, 1100.0], "fill": 0.9, "first_step": 4.0}
-        | {"first_step_again": 2.5}
+        {"name": "packed", "rates": [1000.0, 900.0, 1100.0], "fill": 0.9}
+        | {"first_step": 4.0, "first_step_again": 2.5}
         | {"compile": 3.0, "peak": 2**30, "flops": {"float32": 3e6}, "products": {}, "loss": 0.5}
         | {"uncounted": ["loop while.1", "fft f"]},
-        {"name": "trl", "rates": [100.0, 180.0, 55.0], "fill": None, "first_step": 9.0}
-        | {
-            "first_step_again": None,
-            "compile": None,
-            "peak": 2**31,
-            "flops": {"float32": 1e6, "bfloat16": 8e6},
-            "loss": 0.5,
-        }
+        {"name": "trl", "rates": [100.0, 180.0, 55.0], "fill": None}
+        | {"first_step": 9.0, "first_step_again": None}
+        | {"compile": None, "peak": 2**31, "flops": {"float32": 1e6, "bfloat16": 8e6}, "loss": 0.5}
         | {"products": {"float32": 2e9, "bfloat16": 8e9}, "uncounted": []},
-        {"name": "other", "rates": [100.0, 90.0, 110.0], "fill": None, "first_step": 9.0}
-        | {
-            "first_step_again": None,
-            "compile": None,
-            "peak": 2**31,
-            "flops": {},
-            "products": {},
-            "uncounted": [],
-            "loss": 1,
-        },
+        {"name": "other", "rates": [100.0, 90.0, 110.0], "fill": None}
+        | {"first_step": 9.0, "first_step_again": None}
+        | {"compile": None, "peak": 2**31, "flops": {}, "products": {}, "uncounted": [], "loss": 1},
     ],
 }
 

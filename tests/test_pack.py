@@ -151,7 +151,7 @@ def test_the_rows_of_every_batch_are_a_multiple_of_the_parts(draw_examples, part
 
 def test_the_layout_of_two_examples_in_one_row_token_by_token():
     shape = rows.Shape(rows=1, tokens=12, scored=9, examples=3)
-    plan = pack.Plan(2, 1, None, None, (shape,))
+    plan = pack.Plan(2, 1, None, (shape,))
     batch = pack.pack(HAND, plan, np.array([0, 1]))
     expected = {
         "tokens": [11, 12, 21, 22, 23, 31, 41, 51, 61, 62, 0, 0],
@@ -206,9 +206,7 @@ def test_of_rows_that_are_not_held_here_no_token_is_read_and_the_others_are_the_
 
 def test_mismatched_completions_are_scored_behind_all_others_of_their_row():
     data = dataclasses.replace(HAND, names=("completion", "mismatched"))
-    batch = pack.pack(
-        data, pack.Plan(2, 1, None, None, (rows.Shape(1, 12, 9, 3),)), np.array([0, 1])
-    )
+    batch = pack.pack(data, pack.Plan(2, 1, None, (rows.Shape(1, 12, 9, 3),)), np.array([0, 1]))
     assert batch["source"].tolist() == [[1, 2, 3, 6, 1, 6, 8, 0, 0]]
     assert batch["target"].tolist() == [[21, 22, 23, 51, 31, 61, 62, 0, 0]]
     assert batch["slot"].tolist() == [[1, 1, 1, 3, 2, 4, 4, 0, 0]]
@@ -218,7 +216,7 @@ def test_mismatched_completions_are_scored_behind_all_others_of_their_row():
 
 def test_a_row_without_examples_is_empty_throughout():
     shape = rows.Shape(rows=2, tokens=12, scored=9, examples=3)
-    batch = pack.pack(HAND, pack.Plan(2, 2, None, None, (shape,)), np.array([0]))
+    batch = pack.pack(HAND, pack.Plan(2, 2, None, (shape,)), np.array([0]))
     assert batch["weight"].tolist() == [1, 0, 0, 0, 0, 0]
     for name in ("tokens", "example", "branch", "position", "source", "target", "slot"):
         assert batch[name][0].any() and not batch[name][1].any(), name
@@ -314,7 +312,7 @@ def test_a_plan_made_before_the_examples_holds_as_many_of_the_largest_as_it_says
 
 def test_a_batch_takes_the_cheapest_rung_that_holds_it():
     rungs = tuple(rows.Shape(number, 6, 6, 1) for number in (1, 2, 4))
-    plan = pack.Plan(2, 1, None, None, rungs)
+    plan = pack.Plan(2, 1, None, rungs)
     assert len(pack.pack(HAND, plan, np.array([0]))["tokens"]) == 1
     assert len(pack.pack(HAND, plan, np.array([0, 1]))["tokens"]) == 2
     assert len(pack.pack(HAND, plan, np.array([0, 1, 0]))["tokens"]) == 4

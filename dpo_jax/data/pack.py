@@ -40,10 +40,8 @@ class Plan:
     # examples of an evaluation's batch, and of a step where `starts` is None
     batch_size: int
     parts: int
-    # of the examples, and for evaluations that of one seed; None: as the data have them, and no
-    # steps can be made
+    # of the examples; None: as the data have them, and no steps can be made
     order: epochs.Order | None
-    evaluated: epochs.Order | None
     # from cheap to dear
     ladder: tuple[rows.Shape, ...]
     # the prompts' own tokens are scored too, but for the first, as a completion PROMPT
@@ -94,9 +92,7 @@ def plan(
     climbed = data_ladder.widen(climbed, largest(found), multiples)
     shapes, curve = climbed
     order = dataclasses.replace(tried, seed=seed)
-    return Plan(
-        batch_size, parts, order, tried, shapes, scores_prompt, curve, row_shards=row_shards
-    )
+    return Plan(batch_size, parts, order, shapes, scores_prompt, curve, row_shards=row_shards)
 
 
 def plan_by_tokens(
@@ -115,7 +111,6 @@ def plan_by_tokens(
     """
     all_sizes = rows.sizes(data, scores_prompt)
     count = sampled_steps(round(batch_tokens / all_sizes.tokens.mean()))
-
     tried, order = (epochs.shuffled(data, one) for one in (TRIED_SEED, seed))
 
     def cut(limit: int) -> rows.Sizes:
@@ -127,7 +122,7 @@ def plan_by_tokens(
     starts = steps.by_tokens(all_sizes.tokens, limit, seed, number)
     fewest = int(np.diff(starts).min())
     shapes, curve = climbed
-    return Plan(fewest, parts, order, tried, shapes, scores_prompt, curve, starts, row_shards)
+    return Plan(fewest, parts, order, shapes, scores_prompt, curve, starts, row_shards)
 
 
 def plan_run(
@@ -178,7 +173,7 @@ def plan_within(
     scored = data_ladder.round_up(2 * scored, multiples.scored)
     counts = dict.fromkeys(data_ladder.round_up(batch_size / share, parts) for share in (8, 4, 2))
     shapes = (rows.Shape(count, tokens, scored, min(batch_size, 16)) for count in counts)
-    return Plan(batch_size, parts, None, None, tuple(shapes), row_shards=row_shards)
+    return Plan(batch_size, parts, None, tuple(shapes), row_shards=row_shards)
 
 
 def describe(plan: Plan, count: int, number: int) -> str:
@@ -235,8 +230,8 @@ def evaluation_batches(
     """
     count = len(data.prompts)
     order = np.arange(count)
-    if plan.evaluated is not None:
-        order = epochs.between(plan.evaluated, 0, count)
+    if plan.order is not None:
+        order = epochs.between(dataclasses.replace(plan.order, seed=TRIED_SEED), 0, count)
     for start in range(0, count, plan.batch_size):
         yield pack(data, plan, order[start : start + plan.batch_size], held)
 
