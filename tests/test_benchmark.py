@@ -235,6 +235,29 @@ def test_other_trainers_take_the_same_examples_in_steps_of_a_plain_shuffle(draw_
     assert sum(benchmark.useful_tokens(data, mixed)) == expected
 
 
+def test_a_race_has_even_steps_for_packed_rows_and_a_plain_shuffle_of_them_for_padded_ones(
+    folder, tmp_path, monkeypatch
+):
+    run = tiny.experiment(folder, tmp_path, batch_size=8)
+    seen = {}
+
+    def race(layouts, peers, folder, useful, settings):
+        seen.update(useful, steps=np.load(Path(folder) / benchmark_layouts.STEPS))
+        return []
+
+    monkeypatch.setattr(benchmark, "race", race)
+    monkeypatch.setattr(benchmark_layouts, "matmul_rate", lambda dtype: 1.0)
+    settings = benchmark.Settings(("packed", "padded"), rounds=3, steps=2)
+    record = benchmark.run(run, tiny.FILE, [], settings)
+    mesh = sharding.make_mesh(run.mesh, jax.devices())
+    data, plan, _ = assemble.assemble(benchmark.trimmed(run, 6), mesh)[0].train
+    own = [pack.examples(plan, step) for step in range(6)]
+    assert seen["packed"] == benchmark.useful_tokens(data, own)
+    assert seen["padded"] == benchmark.useful_tokens(data, seen["steps"]) != seen["packed"]
+    assert sorted(seen["steps"].ravel()) == sorted(np.concatenate(own))
+    assert record["useful_tokens_per_step"] == sum(seen["packed"]) / 6
+
+
 def test_the_padded_layout_takes_the_steps_that_it_is_given(folder, tmp_path):
     run = tiny.experiment(folder, tmp_path, batch_size=8)
     mesh = sharding.make_mesh(run.mesh, jax.devices())
