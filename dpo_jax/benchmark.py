@@ -38,6 +38,7 @@ from dpo_jax import (
 )
 from dpo_jax.data import pack, rows, tokenise
 from dpo_jax.hlo import costs, text
+from dpo_jax.model import presets
 
 # glibc's: keep freed memory, so that every step does not ask the kernel for it again. It ignores
 # thresholds of mmap over 32 MiB.
@@ -46,6 +47,13 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": "68719476736",
     "MALLOC_TOP_PAD_": "268435456",
 }
+# Of a GPU, which contenders share, each takes what it needs, and this process gives back what it
+# has read. JAX would take three quarters of the memory at once, and keep it.
+CONTENDER_MEMORY = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "XLA_PYTHON_CLIENT_ALLOCATOR": "default",
+}
+OWN_MEMORY = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
 # steps of the run of which the first are timed: its shapes are those of a run that is worth them
 LONG_RUN = 10_000
 
@@ -59,6 +67,8 @@ class Settings(NamedTuple):
     # each round has so many steps of every contender, in turn
     rounds: int = 5
     steps: int = 3
+    # whether each contender draws the weights of a preset itself, so that none are written
+    random_weights: bool = False
 
 
 class Contender(NamedTuple):
@@ -111,6 +121,7 @@ def run(
     source that is built in.
     """
     refuse_built_in(experiment)
+    refuse_drawn(experiment, settings)
     steps = count_steps(settings)
     experiment = trimmed(experiment, steps)
     mesh = sharding.make_mesh(experiment.mesh, jax.devices())
@@ -120,6 +131,8 @@ def run(
     mixed = shuffled(examples, experiment.seed)
     with tempfile.TemporaryDirectory(prefix="dpo_jax_benchmark_") as folder:
         own = [sys.executable, "-m", "scripts.benchmark", str(experiment_file), *arguments]
+        if settings.random_weights:
+            own.append("--random-weights")
         layouts, left_out = benchmark_layouts.possible(experiment, settings.layouts)
         commands = {
             name: [*own, "--worker", name, "--folder", folder, "--count", str(steps)]
@@ -131,8 +144,10 @@ def run(
         useful = dict.fromkeys(commands, useful_tokens(found.train, examples))
         for name in {*commands, *peers} - {*benchmark_layouts.PACKED}:
             useful[name] = useful_tokens(found.train, mixed)
-        benchmark_peers.write_model(Path(folder), found)
-        benchmark_peers.write_examples(Path(folder), experiment.loss, found.train, mixed)
+        benchmark_peers.write_model(Path(folder), found, mesh, settings.random_weights)
+        for leaf in jax.tree.leaves((found.initial.params, found.initial.base)):
+            leaf.delete()
+        benchmark_peers.write_examples(Path(folder), experiment, found.train, mixed)
         benchmark_layouts.write_steps(folder, mixed)
         results = race(commands, peers, folder, useful, settings)
     shape, dtype = found.initial.model.config, found.initial.model.dtype
@@ -140,7 +155,13 @@ def run(
     # the same examples, in whatever steps
     tokens = sum(useful_tokens(found.train, mixed))
     floor = sum(
-        benchmark_flops.floor_flops(shape, found.train, one, has_reference=has_reference)
+        benchmark_flops.floor_flops(
+            shape,
+            found.train,
+            one,
+            has_reference=has_reference,
+            is_adapter=experiment.lora.rank is not None,
+        )
         for one in examples
     )
     return {
@@ -148,6 +169,7 @@ def run(
         "left_out": [*left_out, *lacking],
         "loss": experiment.loss.function.__name__,
         "model": experiment.model.source,
+        "adapter": experiment.lora.rank,
         "data": experiment.data.source,
         "dtype": np.dtype(dtype).name,
         "device": jax.devices()[0].device_kind,
@@ -155,9 +177,15 @@ def run(
         "environment": environment.environment(flags.ROOT),
         "useful_tokens_per_step": tokens / steps,
         "floor_flops_per_useful_token": floor / tokens,
-        "matmul_flops_per_second": benchmark_layouts.matmul_rate(dtype),
+        "matmul_flops_per_second": machine_rate(dtype),
         "results": [result._asdict() for result in results],
     }
+
+
+def machine_rate(dtype: Any) -> float:
+    """FLOPs per second of products on all devices; those of CPUs are one machine's."""
+    devices = 1 if jax.default_backend() == "cpu" else len(jax.devices())
+    return devices * benchmark_layouts.matmul_rate(dtype)
 
 
 def shuffled(examples: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
@@ -182,6 +210,15 @@ def refuse_built_in(experiment: config.Experiment) -> None:
             f"data.source is {experiment.data.source!r} and model.source "
             f"{experiment.model.source!r}: the built-in task is not made for a benchmark; give "
             "--data.source and --model.source, and --data.tokenizer where the model has none"
+        )
+
+
+def refuse_drawn(experiment: config.Experiment, settings: Settings) -> None:
+    """Raises ValueError where contenders would draw the weights of a model that has its own."""
+    if settings.random_weights and experiment.model.source not in presets.PRESETS:
+        raise ValueError(
+            f"model.source is {experiment.model.source!r}, and --random-weights are those of a "
+            "preset: give a preset's name, or leave the flag out"
         )
 
 
@@ -301,6 +338,7 @@ def start(name: str, command: Sequence[str], folder: str) -> Contender:
         # nothing of others
         "DPO_JAX_CACHE": os.path.join(folder, "cache", name),
         **(ALLOCATOR if keeps_memory else {}),
+        **CONTENDER_MEMORY,
     }
     started = time.time()
     process = subprocess.Popen(

@@ -248,7 +248,8 @@ def loop_lengths(model: decoder.Decoder, batch: dict, microbatches: int = 1) -> 
 def mean_blocks(wanted: np.ndarray, microbatches: int, partly_trained: bool) -> float:
     """Blocks up to the last scored token [B, S] that is wanted, of a microbatch on one device."""
     rows, scored = wanted.shape
-    size = vocabulary.block_size(rows // microbatches, scored, partly_trained)
+    platform = jax.default_backend()
+    size = vocabulary.block_size(rows // microbatches, scored, platform, partly_trained)
     filled = np.where(wanted, np.arange(1, scored + 1), 0).max(axis=1)
     # as `train_step.split` has them
     fullest = filled.reshape(-1, microbatches).max(axis=0)
@@ -267,9 +268,12 @@ def mean_pairs(model: decoder.Decoder, batch: dict) -> float:
     return float(np.mean(counts))
 
 
-def matmul_rate(dtype: Any, size: int = 2048, repeats: int = 9) -> float:
-    """FLOPs per second of products of square matrices on all local devices' type: the median."""
-    left = jnp.ones((size, size), dtype)
+def matmul_rate(dtype: Any, size: int | None = None, repeats: int = 9) -> float:
+    """FLOPs per second of a product of square matrices on one device: the median of those that are
+    timed. Its numbers are random, since a GPU multiplies zeros or ones with less power, and faster.
+    """
+    size = size or (2048 if jax.default_backend() == "cpu" else 8192)
+    left = jax.random.normal(jax.random.key(0), (size, size), dtype)
     multiply = jax.jit(jnp.matmul)
     multiply(left, left).block_until_ready()
     seconds = []

@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
-from dpo_jax import config, flags, inputs
+from dpo_jax import config, flags, initial, inputs
 from dpo_jax.data import tokenise
-from dpo_jax.model import weights
+from dpo_jax.model import hf_config, hf_files, weights
 
 SCRIPTS = flags.ROOT / "scripts"
 
@@ -23,14 +24,17 @@ class Peer(NamedTuple):
     losses: tuple[str, ...]
     # whether glibc's allocator is told to keep freed memory
     keeps_memory: bool
+    # whether it can train an adapter
+    has_adapters: bool
 
 
-TRL = Peer("benchmark_trl.py", ("dpo", "kto", "orpo", "orpo_prompt"), False)
-TUNIX = Peer("benchmark_tunix.py", ("dpo", "orpo", "orpo_prompt"), False)
+TRL = Peer("benchmark_trl.py", ("dpo", "kto", "orpo", "orpo_prompt"), False, True)
+TUNIX = Peer("benchmark_tunix.py", ("dpo", "orpo", "orpo_prompt"), False, False)
 PEERS: Mapping[str, Peer] = {
     "trl": TRL,
     "trl-fast": TRL._replace(keeps_memory=True),
     "trl-bf16": TRL._replace(keeps_memory=True),
+    "trl-liger": TRL._replace(keeps_memory=True),
     "tunix": TUNIX,
     "tunix-fast": TUNIX._replace(keeps_memory=True),
 }
@@ -55,36 +59,63 @@ def commands(
     for a peer that is not known, or for a run that peers do something else for.
     """
     found, left_out, name = {}, [], experiment.loss.function.__name__
-    if pythons and experiment.lora.rank is not None:
+    if pythons and experiment.lora.targets is not None:
         raise ValueError(
-            f"lora.rank is {experiment.lora.rank}, and peers train all parameters: leave it out"
+            f"lora.targets is {experiment.lora.targets}, and peers adapt all linear maps: leave it "
+            "out"
         )
     for peer, python in pythons.items():
         if peer not in PEERS:
             raise ValueError(f"there is no peer {peer!r}: --peer takes {', '.join(PEERS)}")
-        if name in PEERS[peer].losses:
+        if experiment.lora.rank is not None and not PEERS[peer].has_adapters:
+            left_out.append(f"{peer} is left out: it trains all parameters, and no adapter")
+        elif name in PEERS[peer].losses:
             found[peer] = [python, str(SCRIPTS / PEERS[peer].script), folder, peer]
         else:
             left_out.append(f"{peer} is left out: it has no loss {name}")
     return found, left_out
 
 
-def write_model(folder: Path, found: inputs.Inputs) -> None:
-    """The initial policy and its tokenizer, which every contender starts from."""
-    weights.save(folder / "model", found.initial.model.config, found.initial.params)
+def write_model(
+    folder: Path, found: inputs.Inputs, mesh: jax.sharding.Mesh, random_weights: bool
+) -> None:
+    """The initial policy and its tokenizer, which every contender starts from; of the policy only
+    its config where each draws the weights itself.
+    """
+    shape = found.initial.model.config
+    if random_weights:
+        (folder / "model").mkdir()
+        hf_files.write_json(folder / "model" / hf_files.CONFIG, hf_config.to_hf(shape))
+    else:
+        whole = initial.merged(found.initial, mesh)
+        weights.save(folder / "model", shape, whole.params)
     found.tokenizer.save(str(folder / "model"))
 
 
 def write_examples(
-    folder: Path, loss: config.Loss, data: tokenise.Tokenised, examples: Sequence[np.ndarray]
+    folder: Path,
+    experiment: config.Experiment,
+    data: tokenise.Tokenised,
+    examples: Sequence[np.ndarray],
 ) -> None:
-    """The loss, its hyperparameters, and of each step's examples the token ids and numbers."""
+    """The loss, its hyperparameters, the adapter or None, and of each step's examples the token ids
+    and numbers.
+    """
+    loss, lora = experiment.loss, experiment.lora
     record = {
         "loss": loss.function.__name__,
         "hyperparameters": {
             name: value
             for name, value in loss.hyperparameters.items()
             if value is None or isinstance(value, int | float | str)
+        },
+        "lora": None
+        if lora.rank is None
+        else {
+            "r": lora.rank,
+            "lora_alpha": lora.alpha,
+            "use_rslora": lora.rank_stabilised,
+            "lora_dropout": lora.dropout,
         },
         "steps": [[describe(data, int(one)) for one in chosen] for chosen in examples],
     }

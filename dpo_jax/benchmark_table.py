@@ -25,8 +25,9 @@ def describe(record: Mapping[str, Any]) -> str:
     """The record as a table: medians, and ratios to the first contender round by round."""
     results, floor = record["results"], record["floor_flops_per_useful_token"]
     rate = record["matmul_flops_per_second"]
+    adapted = "" if record["adapter"] is None else f", an adapter of rank {record['adapter']}"
     lines = [
-        f"{record['loss']} of {record['model']} on {record['data']}, {record['dtype']}, "
+        f"{record['loss']} of {record['model']}{adapted} on {record['data']}, {record['dtype']}, "
         f"{record['devices']} x {record['device']}, {record['settings']['batch_size']} examples a "
         f"step; matrix products at {rate / 1e9:,.0f} GFLOP/s; the floor is "
         f"{floor / 1e6:,.1f} MFLOP a useful token",

@@ -260,8 +260,8 @@ def make_decoder(
 def choose_attention(settings: config.Model, mesh, rows: NamedSharding | None) -> Callable:
     """How the run attends on the mesh, which may be one that is compiled for and not here."""
     platform = mesh.devices.flat[0].platform
-    by_default = {"cpu": "blocks", "tpu": "kernel"}.get(platform, "plain")
-    match settings.attention or by_default, platform:
+    by_default = {"cpu": "blocks", "tpu": "kernel", "gpu": "kernel", "cuda": "kernel"}.get(platform)
+    match settings.attention or by_default or "plain", platform:
         case "plain", _ if sharding.row_shards(mesh) == 1:
             return attention.attend
         case "plain", _:

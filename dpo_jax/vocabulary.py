@@ -26,12 +26,18 @@ from dpo_jax.model import decoder
 
 # tokens of a stripe of each part, at most: its logits are about as large as an MLP's activations
 STRIPE = 2048
+# The same on a GPU, whose matrix units a small product leaves idle: where tokens are few a stripe
+# is wider, of so many logits a device at most (256 MiB).
+WIDEST_STRIPE, STRIPE_ELEMENTS = 16_384, 2**26
 # widths of stripes are multiples of this, as matrix units have them
 MULTIPLE = 128
 # blocks of scored tokens, at most, and tokens of one over all rows, at least: smaller ones would
 # leave more out, in products that are too small for a CPU. Where whole completions have no
 # gradient, smaller ones pay.
 BLOCKS, BLOCK, PARTLY_TRAINED_BLOCK = 8, 512, 240
+# on a GPU, which waits for the host before each turn of a loop whose length is data
+GPU_BLOCK = 4096
+GPUS = ("gpu", "cuda", "rocm")
 # parts of the names of the loops over them: of logits, and of their gradients
 SCORED, TRAINED = "scored_blocks", "trained_blocks"
 # below any logit and, unlike -inf, not nan when subtracted from itself
@@ -133,18 +139,37 @@ def make_cut(head: decoder.Head, shape: tuple[int, ...], *, partly_trained: bool
     mesh = jax.typeof(head.matrix).sharding.mesh
     shards = dict(mesh.shape).get(axis, 1)
     parts = 1 if vocabulary % shards else shards
-    size = vocabulary // parts
-    count = -(-size // STRIPE)
-    width = min(-(-size // (count * MULTIPLE)) * MULTIPLE, STRIPE, size)
+    size, platform = vocabulary // parts, platform_of(mesh)
     rows, scored = shape
     # Of many devices the fullest row of all would decide, and hardly anything would be left out.
-    block = block_size(rows, scored, partly_trained) if mesh.size <= 1 else scored
+    block = block_size(rows, scored, platform, partly_trained) if mesh.size <= 1 else scored
+    widest = widest_stripe(rows * block * parts // max(mesh.size, 1), platform)
+    count = -(-size // widest)
+    width = min(-(-size // (count * MULTIPLE)) * MULTIPLE, widest, size)
     return Cut(parts, size, width, count, head.is_embedding, head.cap, mesh, block)
 
 
-def block_size(rows: int, scored: int, partly_trained: bool) -> int:
+def platform_of(mesh: jax.sharding.AbstractMesh) -> str:
+    """The platform of a mesh's devices, which may be compiled for and not here; of an empty mesh,
+    the one that JAX computes on.
+    """
+    device = mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def widest_stripe(tokens: int, platform: str) -> int:
+    """Tokens of a stripe of the vocabulary, at most, for so many scored tokens on a device."""
+    if platform not in GPUS:
+        return STRIPE
+    fitting = STRIPE_ELEMENTS // max(tokens, 1) // MULTIPLE * MULTIPLE
+    return min(max(fitting, STRIPE), WIDEST_STRIPE)
+
+
+def block_size(rows: int, scored: int, platform: str, partly_trained: bool) -> int:
     """Scored tokens of a row in a block, where one device has all rows."""
     least = PARTLY_TRAINED_BLOCK if partly_trained else BLOCK
+    if platform in GPUS:
+        least = GPU_BLOCK
     blocks = min(max(rows * scored // least, 1), BLOCKS)
     return min(-(-scored // (blocks * 8)) * 8, scored)
 

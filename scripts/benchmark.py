@@ -2,7 +2,8 @@
 
 python -m scripts.benchmark EXPERIMENT [--layouts packed cached plain padded]
     [--peer trl-fast=PYTHON --peer tunix=PYTHON ...] [--rounds 5] [--steps 3] [--json FILE]
-    [flags of the run]
+    [--random-weights] [flags of the run]: with random weights each contender draws those of a
+    preset itself, and no file of them is written
 python -m scripts.benchmark --scaling [EXPERIMENT [flags of the run]] [--lengths 256 ... 8192]
     [--examples 1 ... 64] [--rounds 5] [--steps 3] [--json FILE] [--figure FILE.png]: seconds a step
     over the length of examples and over their number; with EXPERIMENT of its model and its data's
@@ -18,6 +19,7 @@ python -m scripts.benchmark --sweep EXPERIMENT [--json FILE] [flags of the run]:
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -56,6 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--random-weights", action="store_true")
     parser.add_argument("--json")
     parser.add_argument("--logps", action="store_true")
     parser.add_argument("--scaling", action="store_true")
@@ -92,7 +95,10 @@ def race(
         print(benchmark_sweep.describe(record))
     else:
         peers = benchmark_peers.parse(own.peer)
-        settings = benchmark.Settings(tuple(own.layouts), peers, own.rounds, own.steps)
+        os.environ.update(benchmark.OWN_MEMORY)
+        settings = benchmark.Settings(
+            tuple(own.layouts), peers, own.rounds, own.steps, own.random_weights
+        )
         record = benchmark.run(experiment, file, rest, settings)
         print(benchmark_table.describe(record))
     if own.json is not None:
@@ -118,7 +124,9 @@ def work(own: argparse.Namespace, experiment: config.Experiment, file: Path) -> 
         experiment = benchmark.trimmed(experiment, own.count)
         benchmark_sweep.work(experiment, file, Path(own.folder), own.points)
         return
-    model = dataclasses.replace(experiment.model, source=f"{own.folder}/model")
+    model = experiment.model
+    if not own.random_weights:
+        model = dataclasses.replace(model, source=f"{own.folder}/model")
     experiment = benchmark.trimmed(experiment, benchmark.LONG_RUN).replace(model=model)
     inputs.enable_compile_cache(paths.join(paths.cache_folder(), "compiled"))
     mesh = sharding.make_mesh(experiment.mesh, jax.devices())

@@ -1,10 +1,13 @@
 """TRL's DPO, KTO and ORPO trainers as contenders of scripts/benchmark.py; runs in TRL's own
 environment and imports nothing of this project.
 
-PYTHON scripts/benchmark_trl.py FOLDER trl|trl-fast|trl-bf16, for TRL 1.16:
+PYTHON scripts/benchmark_trl.py FOLDER trl|trl-fast|trl-bf16|trl-liger, for TRL 1.16:
     trl       as it comes: bfloat16 where a product is, activation checkpointing
     trl-fast  float32, no activation checkpointing, and logits of completions' tokens only
-    trl-bf16  the same in bfloat16
+    trl-bf16  the same in bfloat16; on a GPU products in float32 are of TF32's
+    trl-liger the same with Liger's kernels for norms, rotations and MLPs, for GPUs
+An adapter's base is bfloat16 where a product is, and the reference is the base without it. A folder
+without weights has every trainer draw its own.
 Logits of completions' tokens only are what TRL computes on GPUs; on CPUs its head computes those of
 every position, for compilers that want one shape. `make_compact` asks for the former, which changes
 no result. ORPO's trainer has one head, of all positions. Padding-free batches do not exist in 1.16,
@@ -25,7 +28,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-COMPUTE = {"trl": "bfloat16", "trl-fast": "float32", "trl-bf16": "bfloat16"}
+COMPUTE = {
+    "trl": "bfloat16",
+    "trl-fast": "float32",
+    "trl-bf16": "bfloat16",
+    "trl-liger": "bfloat16",
+}
 # model types whose layers have the products that `count_flops` counts
 COUNTED = ("llama", "mistral")
 
@@ -38,11 +46,14 @@ def main() -> None:
         importlib.import_module(module) for module in ("torch", "transformers", "datasets")
     )
     torch.set_num_threads(os.cpu_count() or 1)
+    if COMPUTE[name] == "bfloat16":
+        torch.set_float32_matmul_precision("high")
     run = json.loads((folder / "examples.json").read_text())
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     options = {"use_cpu": not torch.cuda.is_available()}
-    trainer = make_trainer(transformers, datasets, folder, tokenizer, run, name, options)
+    load = functools.partial(load_model, torch, transformers, folder, run, name)
+    trainer = make_trainer(transformers, datasets, folder, tokenizer, run, name, options, load)
     trainer.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if torch.cuda.is_available():
@@ -57,8 +68,27 @@ def say(message: dict[str, Any]) -> None:
     print(f"benchmark: {json.dumps(message)}", flush=True)
 
 
+def load_model(torch, transformers, folder: Path, run: dict[str, Any], name: str) -> Any:
+    """The initial model; of random weights where the folder has none."""
+    is_narrow = run["lora"] is not None and COMPUTE[name] == "bfloat16"
+    dtype = torch.bfloat16 if is_narrow else torch.float32
+    if any((folder / "model").glob("*.safetensors")):
+        return transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype)
+    settings = transformers.AutoConfig.from_pretrained(folder / "model")
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        return transformers.AutoModelForCausalLM.from_config(settings, dtype=dtype)
+
+
+def make_adapter(run: dict[str, Any]) -> dict[str, Any]:
+    """What a trainer is given for an adapter of all linear maps, if the run has one."""
+    if run["lora"] is None:
+        return {}
+    peft = importlib.import_module("peft")
+    return {"peft_config": peft.LoraConfig(target_modules="all-linear", **run["lora"])}
+
+
 def make_trainer(
-    transformers, datasets, folder, tokenizer, run, name, options: dict[str, Any]
+    transformers, datasets, folder, tokenizer, run, name, options: dict[str, Any], load
 ) -> Any:
     """The trainer, in the order of the examples, with two more steps before the first."""
     steps = run["steps"]
@@ -76,10 +106,8 @@ def make_trainer(
     if name != "trl":
         options |= {"bf16": COMPUTE[name] == "bfloat16", "gradient_checkpointing": False}
         make_compact()
-
-    def load() -> Any:
-        return transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
-
+    if name == "trl-liger":
+        options["use_liger_kernel"] = True
     trainer = make(
         load,
         options,
@@ -102,7 +130,9 @@ def make_dpo(run: dict[str, Any]) -> tuple:
 
     def make(load, options, **rest) -> Any:
         args = trl.DPOConfig(max_length=None, beta=run["hyperparameters"]["beta"], **options)
-        return trl.DPOTrainer(model=load(), ref_model=load(), args=args, **rest)
+        reference = None if run["lora"] else load()
+        rest |= make_adapter(run)
+        return trl.DPOTrainer(model=load(), ref_model=reference, args=args, **rest)
 
     def row(example: dict[str, Any]) -> dict[str, Any]:
         return {f"{part}_ids": example[part] for part in ("prompt", "chosen", "rejected")}
@@ -125,7 +155,9 @@ def make_kto(run: dict[str, Any]) -> tuple:
             undesirable_weight=numbers["lambda_undesirable"],
             **options,
         )
-        return trl.KTOTrainer(model=load(), ref_model=load(), args=args, **rest)
+        reference = None if run["lora"] else load()
+        rest |= make_adapter(run)
+        return trl.KTOTrainer(model=load(), ref_model=reference, args=args, **rest)
 
     def row(example: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -145,7 +177,7 @@ def make_orpo(run: dict[str, Any]) -> tuple:
 
     def make(load, options, **rest) -> Any:
         args = orpo.ORPOConfig(max_length=longest, beta=run["hyperparameters"]["lam"], **options)
-        return orpo.ORPOTrainer(model=load(), args=args, **rest)
+        return orpo.ORPOTrainer(model=load(), args=args, **rest, **make_adapter(run))
 
     def row(example: dict[str, Any]) -> dict[str, Any]:
         found = {"prompt_input_ids": example["prompt"]}
@@ -213,10 +245,10 @@ def make_callback(transformers) -> Any:
     return Orders()
 
 
-def matmul_rate(torch, kind, size: int = 2048, repeats: int = 9) -> float:
+def matmul_rate(torch, kind, repeats: int = 9) -> float:
     """FLOPs per second of products of square matrices of a type: the median."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    left = torch.ones((size, size), dtype=kind, device=device)
+    device, size = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 2048)
+    left = torch.randn((size, size), dtype=kind, device=device)
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -239,24 +271,32 @@ def count(shape: dict[str, Any], run: dict[str, Any], name: str) -> dict[str, An
     matrix products by type ("flops").
     """
     computed, flops = 0, {"float32": 0.0, "bfloat16": 0.0}
+    is_adapter = run["lora"] is not None
     for step in run["steps"]:
         for part in [PAIR] if run["loss"] != "kto" else [("completion",), ("mismatched",)]:
             batch = lengths(step, part)
             computed += len(batch) * max(length for length, _ in batch)
-            for kind, number in count_flops(shape, batch, run["loss"], part[0], name).items():
+            found = count_flops(shape, batch, run["loss"], part[0], name, is_adapter)
+            for kind, number in found.items():
                 flops[kind] += number
     counted = shape["model_type"] in COUNTED
     return {"computed": computed, **({"flops": flops} if counted else {})}
 
 
 def count_flops(
-    shape: dict[str, Any], batch: Sequence[tuple[int, int]], loss: str, part: str, name: str
+    shape: dict[str, Any],
+    batch: Sequence[tuple[int, int]],
+    loss: str,
+    part: str,
+    name: str,
+    is_adapter: bool = False,
 ) -> dict[str, float]:
     """FLOPs of a padded batch [R, L] through policy and reference, by type.
 
     A gradient costs two forward passes; checkpointed layers run forward once more, but for their
     last product; the head of DPO and KTO computes its logits twice, and its gradients in float32
-    whatever the type.
+    whatever the type. Of an adapter, whose own products are not counted, the base's weights have no
+    gradient.
     """
     rows, tokens = len(batch), max(length for length, _ in batch)
     width, heads, layers = (
@@ -273,13 +313,15 @@ def count_flops(
     if name == "trl":
         again = body - 2 * layers * width * shape["intermediate_size"] * rows * tokens
     found = {"float32": 0.0, "bfloat16": 0.0}
+    trained = body if is_adapter else 2 * body
+    of_head = head if is_adapter else 2 * head
     if part == "mismatched":
         found[COMPUTE[name]] += 2 * (body + head)
     elif loss in ("dpo", "kto"):
-        found[COMPUTE[name]] += 4 * body + again + 3 * head
-        found["float32"] += 2 * head
+        found[COMPUTE[name]] += 2 * body + trained + again + 3 * head
+        found["float32"] += of_head
     else:
-        found[COMPUTE[name]] += 3 * body + again + 3 * head
+        found[COMPUTE[name]] += body + trained + again + head + of_head
     return found
 
 

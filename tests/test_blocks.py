@@ -41,10 +41,12 @@ def ids() -> Ids:
     return Ids(*found)
 
 
-def draw(ids: Ids, heads: int = 4, key_heads: int = 2, seed: int = 0) -> tuple[jax.Array, ...]:
+def draw(
+    ids: Ids, heads: int = 4, key_heads: int = 2, seed: int = 0, head_dim: int = 8
+) -> tuple[jax.Array, ...]:
     keys = jax.random.split(jax.random.key(seed), 4)
     counts = heads, key_heads, key_heads, heads
-    shapes = [(*ids.example.shape, count, 8) for count in counts]
+    shapes = [(*ids.example.shape, count, head_dim) for count in counts]
     return tuple(jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
 
 

@@ -55,14 +55,17 @@ def test_gradients_are_lowered_for_cuda(dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 5e-3), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("head_dim", [8, 80, 128, 256])
 @pytest.mark.parametrize("choices", [{}, {"window": 40, "cap": 2.0}], ids=["plain", "window, cap"])
-def test_a_gpu_gives_what_all_pairs_at_once_give(dtype, tolerance, choices):
+def test_a_gpu_gives_what_all_pairs_at_once_give(dtype, tolerance, head_dim, choices):
     """Products in TF32 are good to three digits."""
     if jax.default_backend() != "gpu":
         pytest.skip("no GPU: JAX_PLATFORMS=cuda has one used")
     ids = test_tpu_kernel.pack((100, 60, 90), (20, 11, 19), (300, 200, 150))
-    arrays = tuple(array.astype(dtype) for array in test_blocks.draw(ids))
+    drawn = test_blocks.draw(ids, head_dim=head_dim)
+    arrays = tuple(array.astype(dtype) for array in drawn)
     exact = tuple(array.astype(jnp.float32) for array in arrays)
     with jax.default_matmul_precision("highest"):
         expected = test_blocks.both(attention.attend, exact, ids, **choices)

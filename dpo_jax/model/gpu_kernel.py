@@ -20,8 +20,11 @@ from jax.sharding import NamedSharding
 
 from dpo_jax.model import attention, blocks, residuals
 
-# tokens of a block
-BLOCK = 64
+# tokens of a block whose rows have at most so many bytes, and half as many of longer ones, which
+# would not all fit in a multiprocessor's memory
+BLOCK, ROW_BYTES = 64, 256
+# how Triton computes a program: with how many warps, and stages of a loop that overlap
+WARPS, STAGES = 4, 2
 LOWEST = blocks.LOWEST
 
 
@@ -66,20 +69,22 @@ def attend_rows(
     key_ids: attention.Ids,
 ) -> jax.Array:
     """Attention of rows on one device: [B, Lq, H, Dh]."""
-    lists = list_pairs(query_ids, key_ids, form.window)
     # products are of sizes that are powers of 2, from 16
     head_dim = query.shape[3]
-    wide = ((0, 0), (0, 0), (0, 0), (0, max(16, pallas.next_power_of_2(head_dim)) - head_dim))
-    wider = partial(jnp.pad, pad_width=wide)
-    cut = blocks.cut_heads(wider(query), wider(key), wider(value), BLOCK)
+    padded = max(16, pallas.next_power_of_2(head_dim))
+    size = BLOCK if padded * query.dtype.itemsize <= ROW_BYTES else BLOCK // 2
+    lists = list_pairs(query_ids, key_ids, form.window, size)
+    wider = partial(jnp.pad, pad_width=((0, 0), (0, 0), (0, 0), (0, padded - head_dim)))
+    cut = blocks.cut_heads(wider(query), wider(key), wider(value), size)
     mixed: Any = attend_pairs(form, cut, lists)
-    shape = (*query.shape[:3], mixed.shape[-1])
-    return blocks.join_heads(mixed, shape, BLOCK)[..., :head_dim]
+    return blocks.join_heads(mixed, (*query.shape[:3], padded), size)[..., :head_dim]
 
 
-def list_pairs(query_ids: attention.Ids, key_ids: attention.Ids, window: int | None) -> Lists:
+def list_pairs(
+    query_ids: attention.Ids, key_ids: attention.Ids, window: int | None, size: int
+) -> Lists:
     """The pairs of blocks that must be computed, of ids [B, Lq] and [B, Lk]."""
-    queries, keys = (blocks.cut_ids(ids, BLOCK) for ids in (query_ids, key_ids))
+    queries, keys = (blocks.cut_ids(ids, size) for ids in (query_ids, key_ids))
     needed = blocks.find_needed(queries, keys, len(query_ids.example), window)
     stacked = (jnp.stack(ids, axis=1) for ids in (queries, keys))
     return Lists(*blocks.order(needed), *blocks.order(needed.transpose(0, 2, 1)), *stacked)
@@ -101,14 +106,14 @@ def forward(form: blocks.Form, cut: blocks.Blocks, lists: Lists) -> tuple[jax.Ar
     """What the queries see [N, K, G b, Dh], and the log of their softmax's sum [N, K, G b]."""
     log_total = jax.ShapeDtypeStruct(cut.query.shape[:3], jnp.float32)
     results = jax.ShapeDtypeStruct(cut.query.shape, cut.query.dtype), log_total
-    return call(attend_block, form, True, (*lists, *cut), results)
+    return call(attend_block, form, True, (lists, *cut), results)
 
 
 def backward(form: blocks.Form, kept: tuple, cotangent: jax.Array) -> tuple[blocks.Blocks, Lists]:
     """The gradients of the blocks; both kernels compute the weights again."""
     cut, lists, mixed, log_total = kept
     product = (cotangent.astype(jnp.float32) * mixed.astype(jnp.float32)).sum(axis=-1)
-    inputs = (*lists, *cut, cotangent, log_total, product)
+    inputs = (lists, *cut, cotangent, log_total, product)
     shapes = tuple(jax.ShapeDtypeStruct(one.shape, one.dtype) for one in cut)
     (of_query,) = call(differentiate_query, form, True, inputs, shapes[:1])
     of_key, of_value = call(differentiate_key, form, False, inputs, shapes[1:])
@@ -125,24 +130,25 @@ def call(
     """What a kernel writes, with a program for each block and head of keys, and of queries where it
     goes by them. Arrays are given whole: a program reads what it needs.
     """
-    count, heads, rows = results[0].shape[:3]
-    grid = count, heads, rows // BLOCK if by_group else 1
+    (count, heads, rows), size = results[0].shape[:3], inputs[0].key_ids.shape[2]
+    grid = count, heads, rows // size if by_group else 1
+    lists, *arrays = inputs
     run = pallas.pallas_call(
         partial(kernel, form),
         name=kernel.__name__,
         out_shape=results,
         grid=grid,
         interpret=form.interpret,
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=STAGES),
     )
-    return run(*inputs)
+    return run(*lists, *arrays)
 
 
 def attend_block(form: blocks.Form, *references: Any) -> None:
     """What the queries of a block and head see."""
     lists, cut = Lists(*references[:6]), blocks.Blocks(*references[6:9])
     mixed, log_total = references[9:]
-    i, head, own = place()
+    i, head, own = place(lists)
     query = cut.query[i, head, own, :]
 
     def of_pair(at: jax.Array, so_far: tuple) -> tuple:
@@ -155,7 +161,7 @@ def attend_block(form: blocks.Form, *references: Any) -> None:
         more = triton.dot(weights.astype(query.dtype), cut.value[j, head, :, :])
         return new, total * shrunk + weights.sum(axis=1), summed * shrunk[:, None] + more
 
-    zeros = jnp.zeros(BLOCK, jnp.float32)
+    zeros = jnp.zeros(query.shape[0], jnp.float32)
     start = zeros + LOWEST, zeros, jnp.zeros(query.shape, jnp.float32)
     largest, total, summed = jax.lax.fori_loop(0, lists.key_counts[i], of_pair, start)
     # a query that sees nothing gives 0
@@ -167,7 +173,7 @@ def attend_block(form: blocks.Form, *references: Any) -> None:
 def differentiate_query(form: blocks.Form, *references: Any) -> None:
     """The gradient of the queries of a block and head."""
     lists, inputs = Lists(*references[:6]), references[6:12]
-    i, head, own = place()
+    i, head, own = place(lists)
 
     def of_pair(at: jax.Array, so_far: jax.Array) -> jax.Array:
         j = lists.keys[i, at]
@@ -175,7 +181,7 @@ def differentiate_query(form: blocks.Form, *references: Any) -> None:
         return so_far + triton.dot(slopes.astype(key.dtype), key)
 
     gradient = references[12]
-    start = jnp.zeros((BLOCK, gradient.shape[3]), jnp.float32)
+    start = jnp.zeros((own.size, gradient.shape[3]), jnp.float32)
     found = jax.lax.fori_loop(0, lists.key_counts[i], of_pair, start)
     gradient[i, head, own, :] = found.astype(gradient.dtype)
 
@@ -184,28 +190,30 @@ def differentiate_key(form: blocks.Form, *references: Any) -> None:
     """The gradients of keys and values of a block and head."""
     lists, inputs = Lists(*references[:6]), references[6:12]
     of_key, of_value = references[12:]
-    j, head, _ = place()
-    groups = jnp.int32(inputs[0].shape[2] // BLOCK)
+    j, head, own_keys = place(lists)
+    size = own_keys.size
+    groups = jnp.int32(inputs[0].shape[2] // size)
 
     def of_pair(at: jax.Array, so_far: tuple) -> tuple:
         number, group = jax.lax.div(at, groups), jax.lax.rem(at, groups)
-        i, own = lists.queries[j, number], pallas.ds(group * BLOCK, BLOCK)
+        i, own = lists.queries[j, number], pallas.ds(group * size, size)
         weights, slopes, _, (query, given) = weigh(form, lists, inputs, (i, head, own), j)
         of_key = so_far[0] + triton.dot(slopes.astype(query.dtype).T, query)
         return of_key, so_far[1] + triton.dot(weights.astype(given.dtype).T, given)
 
-    zeros = jnp.zeros((BLOCK, of_key.shape[3]), jnp.float32)
+    zeros = jnp.zeros((size, of_key.shape[3]), jnp.float32)
     found = jax.lax.fori_loop(0, lists.query_counts[j] * groups, of_pair, (zeros, zeros))
     of_key[j, head, :, :] = found[0].astype(of_key.dtype)
     of_value[j, head, :, :] = found[1].astype(of_value.dtype)
 
 
-def place() -> tuple[jax.Array, jax.Array, Any]:
+def place(lists: Lists) -> tuple[jax.Array, jax.Array, Any]:
     """A program's block, head of keys, and queries among those of that head."""
+    size = lists.key_ids.shape[2]
     return (
         pallas.program_id(0),
         pallas.program_id(1),
-        pallas.ds(pallas.program_id(2) * BLOCK, BLOCK),
+        pallas.ds(pallas.program_id(2) * size, size),
     )
 
 
