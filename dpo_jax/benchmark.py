@@ -69,6 +69,8 @@ class Settings(NamedTuple):
     steps: int = 3
     # whether each contender draws the weights of a preset itself, so that none are written
     random_weights: bool = False
+    # whether this project's contenders are started a second time, with all compiled
+    again: bool = True
 
 
 class Contender(NamedTuple):
@@ -263,7 +265,7 @@ def race(
     contenders: list[Contender] = []
     with contextlib.ExitStack() as running:
         for name, command in [*layouts.items(), *peers.items()]:
-            begin = start_twice if name in layouts else start
+            begin = start_twice if name in layouts and settings.again else start
             contenders.append(begin(name, command, folder))
             running.callback(end, contenders[-1].process)
         return take_turns(contenders, useful, settings)

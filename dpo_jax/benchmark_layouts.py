@@ -269,19 +269,28 @@ def mean_pairs(model: decoder.Decoder, batch: dict) -> float:
 
 
 def matmul_rate(dtype: Any, size: int | None = None, repeats: int = 9) -> float:
-    """FLOPs per second of a product of square matrices on one device: the median of those that are
-    timed. Its numbers are random, since a GPU multiplies zeros or ones with less power, and faster.
+    """FLOPs per second of products of square matrices on one device, a median.
+
+    Their numbers are random, since a GPU multiplies zeros or ones with less power, and faster. On
+    accelerators several are timed at once, so that the start of one does not count.
     """
-    size = size or (2048 if jax.default_backend() == "cpu" else 8192)
-    left = jax.random.normal(jax.random.key(0), (size, size), dtype)
-    multiply = jax.jit(jnp.matmul)
-    multiply(left, left).block_until_ready()
+    on_cpu = jax.default_backend() == "cpu"
+    size, count = size or (2048 if on_cpu else 8192), 1 if on_cpu else 10
+    # products of as large numbers as their factors
+    right = (jax.random.normal(jax.random.key(0), (size, size)) / np.sqrt(size)).astype(dtype)
+    left = jax.random.normal(jax.random.key(1), (size, size), dtype)
+
+    @jax.jit
+    def multiply(left: jax.Array, right: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, count, lambda _, product: product @ right, left)
+
+    multiply(left, right).block_until_ready()
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        multiply(left, left).block_until_ready()
+        multiply(left, right).block_until_ready()
         seconds.append(time.perf_counter() - start)
-    return 2.0 * size**3 / float(np.median(seconds))
+    return 2.0 * size**3 * count / float(np.median(seconds))
 
 
 def peak_memory() -> int:

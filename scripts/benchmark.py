@@ -2,8 +2,8 @@
 
 python -m scripts.benchmark EXPERIMENT [--layouts packed cached plain padded]
     [--peer trl-fast=PYTHON --peer tunix=PYTHON ...] [--rounds 5] [--steps 3] [--json FILE]
-    [--random-weights] [flags of the run]: with random weights each contender draws those of a
-    preset itself, and no file of them is written
+    [--random-weights] [--once] [flags of the run]: with random weights each contender draws those
+    of a preset itself, and no file of them is written; once leaves out the second start
 python -m scripts.benchmark --scaling [EXPERIMENT [flags of the run]] [--lengths 256 ... 8192]
     [--examples 1 ... 64] [--rounds 5] [--steps 3] [--json FILE] [--figure FILE.png]: seconds a step
     over the length of examples and over their number; with EXPERIMENT of its model and its data's
@@ -59,6 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--random-weights", action="store_true")
+    parser.add_argument("--once", action="store_true")
     parser.add_argument("--json")
     parser.add_argument("--logps", action="store_true")
     parser.add_argument("--scaling", action="store_true")
@@ -97,7 +98,7 @@ def race(
         peers = benchmark_peers.parse(own.peer)
         os.environ.update(benchmark.OWN_MEMORY)
         settings = benchmark.Settings(
-            tuple(own.layouts), peers, own.rounds, own.steps, own.random_weights
+            tuple(own.layouts), peers, own.rounds, own.steps, own.random_weights, not own.once
         )
         record = benchmark.run(experiment, file, rest, settings)
         print(benchmark_table.describe(record))

@@ -75,6 +75,8 @@ def load_model(torch, transformers, folder: Path, run: dict[str, Any], name: str
     if any((folder / "model").glob("*.safetensors")):
         return transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype)
     settings = transformers.AutoConfig.from_pretrained(folder / "model")
+    # policy and reference alike
+    torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         return transformers.AutoModelForCausalLM.from_config(settings, dtype=dtype)
 
@@ -90,13 +92,16 @@ def make_adapter(run: dict[str, Any]) -> dict[str, Any]:
 def make_trainer(
     transformers, datasets, folder, tokenizer, run, name, options: dict[str, Any], load
 ) -> Any:
-    """The trainer, in the order of the examples, with two more steps before the first."""
+    """The trainer, in the order of the examples, with more steps before the first: that one twice,
+    or on a GPU, where each new shape costs kernels and memory, all of them.
+    """
     steps = run["steps"]
+    before = (steps[0], steps[0]) if options["use_cpu"] else (steps[0], *steps)
     make, rows, text = {"dpo": make_dpo, "kto": make_kto}.get(run["loss"], make_orpo)(run)
     options |= {
         "output_dir": str(folder / name),
         "per_device_train_batch_size": len(steps[0]),
-        "max_steps": len(steps) + 2,
+        "max_steps": len(steps) + len(before),
         "report_to": [],
         "disable_tqdm": True,
         "save_strategy": "no",
@@ -113,10 +118,9 @@ def make_trainer(
         options,
         train_dataset=datasets.Dataset.from_list([text] * 2),
         processing_class=tokenizer,
-        callbacks=[make_callback(transformers)],
+        callbacks=[make_callback(transformers, len(before))],
     )
-    # the first step twice more, before what is timed
-    ordered = [example for step in (steps[0], steps[0], *steps) for example in step]
+    ordered = [example for step in (*before, *steps) for example in step]
     trainer.train_dataset = datasets.Dataset.from_list([rows(example) for example in ordered])
     sampler = importlib.import_module("torch.utils.data").SequentialSampler
     trainer._get_train_sampler = lambda *_: sampler(trainer.train_dataset)
@@ -216,8 +220,10 @@ def noting_the_first(compute_loss) -> Any:
     return noting
 
 
-def make_callback(transformers) -> Any:
-    """Waits before a step for an order to run some, and times them."""
+def make_callback(transformers, before: int) -> Any:
+    """Waits before a step for an order to run some, and times them, after so many others."""
+    cuda = importlib.import_module("torch").cuda
+    wait = cuda.synchronize if cuda.is_available() else lambda: None
 
     class Orders(transformers.TrainerCallback):
         left, seconds, begun, warm = 0, [], 0.0, 0
@@ -227,15 +233,17 @@ def make_callback(transformers) -> Any:
                 started = float(os.environ.get("BENCHMARK_STARTED", time.time()))
                 self.first_step = time.time() - started
             self.warm += 1
-            if self.warm == 3:
+            if self.warm == before + 1:
                 say({"ready": True, "first_step": self.first_step, "loss": FIRST[0]})
-            if self.warm >= 3 and self.left == 0:
+            wait()
+            if self.warm > before and self.left == 0:
                 self.left, self.seconds = json.loads(sys.stdin.readline())["steps"], []
                 self.begun = time.perf_counter()
 
         def on_step_end(self, args, state, control, **unused):
             if self.left == 0:
                 return
+            wait()
             now = time.perf_counter()
             self.seconds.append(now - self.begun)
             self.begun, self.left = now, self.left - 1

@@ -56,10 +56,13 @@ def test_gradients_are_lowered_for_cuda(dtype):
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 5e-3), ("bfloat16", 2e-2)])
-@pytest.mark.parametrize("head_dim", [8, 80, 128, 256])
-@pytest.mark.parametrize("choices", [{}, {"window": 40, "cap": 2.0}], ids=["plain", "window, cap"])
-def test_a_gpu_gives_what_all_pairs_at_once_give(dtype, tolerance, head_dim, choices):
+@pytest.mark.parametrize("head_dim", [80, 128, 256])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "choices"),
+    [("bfloat16", 2e-2, {}), ("float32", 5e-3, {"window": 40, "cap": 2.0})],
+    ids=["bfloat16", "float32, window, cap"],
+)
+def test_a_gpu_gives_what_all_pairs_at_once_give(head_dim, dtype, tolerance, choices):
     """Products in TF32 are good to three digits."""
     if jax.default_backend() != "gpu":
         pytest.skip("no GPU: JAX_PLATFORMS=cuda has one used")
