@@ -253,15 +253,20 @@ def make_decoder(
         dtype=jnp.dtype(compute_type(settings)),
         remat=settings.remat,
         placement=placement,
-        attend=choose_attention(settings, mesh, None if placement is None else placement.rows),
+        attend=choose_attention(
+            shape, settings, mesh, None if placement is None else placement.rows
+        ),
     )
 
 
-def choose_attention(settings: config.Model, mesh, rows: NamedSharding | None) -> Callable:
+def choose_attention(
+    shape: model_config.DecoderConfig, settings: config.Model, mesh, rows: NamedSharding | None
+) -> Callable:
     """How the run attends on the mesh, which may be one that is compiled for and not here."""
     platform = mesh.devices.flat[0].platform
-    by_default = {"cpu": "blocks", "tpu": "kernel", "gpu": "kernel", "cuda": "kernel"}.get(platform)
-    match settings.attention or by_default or "plain", platform:
+    of_gpu = "kernel" if gpu_kernel.was_run(shape.head_dim, compute_type(settings)) else "plain"
+    by_default = {"cpu": "blocks", "tpu": "kernel", "gpu": of_gpu, "cuda": of_gpu}
+    match settings.attention or by_default.get(platform, "plain"), platform:
         case "plain", _ if sharding.row_shards(mesh) == 1:
             return attention.attend
         case "plain", _:

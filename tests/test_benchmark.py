@@ -22,12 +22,13 @@ from dpo_jax import (
     benchmark_peers,
     benchmark_table,
     config,
+    inputs,
     logps,
     losses,
     sharding,
 )
 from dpo_jax.data import pack, rows
-from dpo_jax.model import decoder, presets
+from dpo_jax.model import decoder, presets, weights
 from scripts import benchmark_trl, benchmark_tunix
 from tests import tiny
 
@@ -150,6 +151,7 @@ RECORD = {
     "left_out": ["tunix is left out: it has no loss kto"],
     "loss": "kto",
     "model": "tiny",
+    "adapter": 4,
     "data": "rows.jsonl",
     "dtype": "float32",
     "device": "cpu",
@@ -174,6 +176,7 @@ RECORD = {
 
 def test_the_table_has_medians_and_ratios_round_by_round():
     table = benchmark_table.describe(RECORD).splitlines()
+    assert table[0].startswith("kto of tiny, an adapter of rank 4 on ")
     # 3 MFLOP where the floor is 2
     numbers = "1.00 | 1.00 | 100% | 90.0% | 1.50 | 50% | 1.00 GiB | 4.0 s | 2.5 s | 3.0 s |"
     assert f"| packed | 1,000 (900 to 1,100) | {numbers}" in table
@@ -201,6 +204,57 @@ def test_peers_that_lack_the_loss_are_left_out_by_name(folder, tmp_path):
         benchmark_peers.commands({"trl-fats": "p"}, run, "f")
 
 
+def test_an_adapter_has_only_the_peers_that_train_one(folder, tmp_path):
+    run = tiny.experiment(folder, tmp_path).replace(lora=config.Lora(rank=4))
+    found, left_out = benchmark_peers.commands({"trl-liger": "p", "tunix": "q"}, run, "f")
+    assert list(found) == ["trl-liger"]
+    assert left_out == ["tunix is left out: it trains all parameters, and no adapter"]
+    run = run.replace(lora=config.Lora(rank=4, targets=("query",)))
+    with pytest.raises(ValueError, match=r"lora.targets is \('query',\), and peers adapt all"):
+        benchmark_peers.commands({"trl-liger": "p"}, run, "f")
+
+
+def test_peers_start_from_the_merged_policy_or_from_its_shape_alone(folder, tmp_path):
+    run = tiny.experiment(folder, tmp_path).replace(lora=config.Lora(rank=4))
+    mesh = sharding.make_mesh(run.mesh, jax.devices())
+    found = inputs.load(run, mesh)
+    for name, random_weights in (("drawn", True), ("written", False)):
+        (tmp_path / name).mkdir()
+        benchmark_peers.write_model(tmp_path / name, found, mesh, random_weights)
+    assert not list((tmp_path / "drawn" / "model").glob("*.safetensors"))
+    settings = json.loads((tmp_path / "drawn" / "model" / "config.json").read_text())
+    assert settings["hidden_size"] == found.initial.model.config.width
+    shape, params = weights.load(tmp_path / "written" / "model", mesh)
+    assert shape == found.initial.model.config
+    np.testing.assert_array_equal(params["embedding"], found.initial.base["embedding"])
+
+
+def test_random_weights_are_of_a_preset(folder, tmp_path):
+    run = tiny.experiment(folder, tmp_path, **{"model.source": str(folder)})
+    with pytest.raises(ValueError, match="--random-weights are those of a preset"):
+        benchmark.run(run, tiny.FILE, [], benchmark.Settings(random_weights=True))
+
+
+def test_contenders_share_a_gpus_memory(tmp_path):
+    program = """
+import json, os, sys
+say = lambda message: print("benchmark: " + json.dumps(message), flush=True)
+memory = [os.environ["XLA_PYTHON_CLIENT_" + name] for name in ("PREALLOCATE", "ALLOCATOR")]
+say({"ready": True, "loss": 1, "first_step": 1, "memory": memory})
+"""
+    started = benchmark.start("packed", [sys.executable, "-c", program], str(tmp_path))
+    benchmark.end(started.process)
+    assert started.ready["memory"] == ["false", "default"]
+
+
+def test_products_are_counted_as_often_as_they_are_timed(monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(benchmark_layouts.time, "perf_counter", lambda: next(clock))
+    assert benchmark_layouts.matmul_rate(np.float32, 16) == 2 * 16**3
+    monkeypatch.setattr(benchmark_layouts.jax, "default_backend", lambda: "gpu")
+    assert benchmark_layouts.matmul_rate(np.float32, 16) == 10 * 2 * 16**3
+
+
 def test_layouts_that_the_run_cannot_have_are_left_out_by_name(folder, tmp_path):
     run = tiny.experiment(folder, tmp_path, loss=config.Loss(losses.orpo_prompt))
     run = run.replace(reference=config.Reference(source=None))
@@ -209,12 +263,14 @@ def test_layouts_that_the_run_cannot_have_are_left_out_by_name(folder, tmp_path)
     assert [line.split(" is left out")[0] for line in left_out] == ["cached", "padded"]
 
 
-def test_peers_are_given_the_token_ids_and_numbers_of_each_steps_examples(draw_examples, tmp_path):
+def test_peers_are_given_the_run_and_each_steps_examples(draw_examples, tmp_path):
     data = draw_examples(4, ("completion", "mismatched"))
     loss = config.Loss(losses.kto, beta=0.2)
-    benchmark_peers.write_examples(tmp_path, loss, data, [np.array([2, 1])])
+    run = config.Experiment(loss=loss, steps=1, batch_size=2, lora=config.Lora(rank=4, alpha=8))
+    benchmark_peers.write_examples(tmp_path, run, data, [np.array([2, 1])])
     record = json.loads((tmp_path / "examples.json").read_text())
     assert (record["loss"], record["hyperparameters"]["beta"]) == ("kto", 0.2)
+    assert (record["lora"]["r"], record["lora"]["lora_alpha"]) == (4, 8)
     ((first, second),) = record["steps"]
     assert (first["desirable"], second["desirable"]) == (1.0, 0.0)
     start, stop = data.completions[2, 1]
@@ -402,6 +458,11 @@ def test_flops_of_padded_rows_are_those_of_policy_and_reference_by_type():
     assert found == {"float32": 0.0, "bfloat16": 2 * (body + 5 * head)}
     found = benchmark_trl.count_flops(LLAMA, batch, "orpo", "chosen", "trl-fast")
     assert found == {"float32": 3 * body + 3 * 12 * head, "bfloat16": 0.0}
+    # under an adapter no weight has a gradient
+    found = benchmark_trl.count_flops(LLAMA, batch, "dpo", "chosen", "trl-bf16", is_adapter=True)
+    assert found == {"float32": 5 * head, "bfloat16": 3 * body + 3 * 5 * head}
+    found = benchmark_trl.count_flops(LLAMA, batch, "orpo", "chosen", "trl-fast", is_adapter=True)
+    assert found == {"float32": 2 * body + 2 * 12 * head, "bfloat16": 0.0}
 
 
 def test_prompts_for_tunix_are_padded_on_the_left_and_completions_on_the_right():
@@ -420,10 +481,14 @@ def test_prompts_for_tunix_are_padded_on_the_left_and_completions_on_the_right()
 
 @pytest.mark.parity
 @pytest.mark.parametrize("loss", ["dpo", "kto", "orpo"])
-def test_trl_runs_the_same_examples_from_the_same_weights(loss: str, folder: Path, tmp_path: Path):
+@pytest.mark.parametrize("adapter", [False, True], ids=["all parameters", "adapter"])
+def test_trl_runs_the_same_examples_from_the_same_weights(
+    loss: str, adapter: bool, folder: Path, tmp_path: Path
+):
     command = [
         *(sys.executable, "-m", "scripts.benchmark", f"experiments/{loss}.py"),
-        *("--layouts", "padded", "--peer", f"trl-fast={sys.executable}"),
+        *("--layouts", "packed" if adapter else "padded", "--peer", f"trl-fast={sys.executable}"),
+        *("--once", *(("--lora.rank", "4", "--random-weights") if adapter else ())),
         *("--rounds", "1", "--steps", "1", "--json", str(tmp_path / "record.json")),
         *("--data.source", str(folder / "train.jsonl"), "--data.max-length", "128"),
         *("--data.tokenizer", str(folder / "tokenizer"), "--model.source", "tiny"),
@@ -436,6 +501,7 @@ def test_trl_runs_the_same_examples_from_the_same_weights(loss: str, folder: Pat
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "record.json").read_text())
     own, other = record["results"]
+    assert own["first_step_again"] is None
     # ORPO's NLL is over other tokens there: of random weights, all are as likely
     tolerance = 1e-2 if loss == "orpo" else 1e-5
     assert other["loss"] == pytest.approx(own["loss"], rel=tolerance)

@@ -1,6 +1,8 @@
 """Kernels for GPUs against attention at once, in value and gradient, and lowered for CUDA."""
 
+import dataclasses
 import functools
+import types
 from typing import Any
 
 import jax
@@ -8,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax import config, initial, sharding
 from dpo_jax.model import attention, gpu_kernel
 from dpo_jax.model.attention import Ids
-from tests import test_blocks, test_tpu_kernel
+from tests import test_blocks, test_tpu_kernel, tiny
 
 interpreted = functools.partial(gpu_kernel.attend, interpret=True)
 
@@ -52,6 +55,35 @@ def test_gradients_are_lowered_for_cuda(dtype):
     traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(query, key, key, Ids(*[integers] * 3))
     text = str(traced.lower(lowering_platforms=("cuda",)).as_text())
     assert text.count("@__gpu$xla.gpu.triton(") == 3
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "expected"),
+    [
+        (64, "bfloat16", gpu_kernel.attend),
+        (128, None, attention.attend),
+        (128, "bfloat16", gpu_kernel.attend),
+        (256, "bfloat16", attention.attend),
+    ],
+)
+def test_kernels_are_the_default_for_what_a_gpu_has_run(head_dim, dtype, expected, monkeypatch):
+    monkeypatch.setattr(sharding, "row_shards", lambda mesh: 1)
+    devices = np.array([types.SimpleNamespace(platform="gpu")])
+    mesh = types.SimpleNamespace(devices=devices)
+    shape = dataclasses.replace(tiny.DECODER, head_dim=head_dim)
+
+    def choose(**settings: Any) -> Any:
+        found: Any = initial.choose_attention(shape, config.Model(**settings), mesh, None)
+        return getattr(found, "func", found)
+
+    assert choose(dtype=dtype) is expected
+    assert choose(dtype=dtype, attention="kernel") is gpu_kernel.attend
+
+
+def test_longer_rows_of_heads_have_smaller_blocks():
+    sizes = [gpu_kernel.block_size(count, jnp.dtype("bfloat16")) for count in (16, 128, 256)]
+    assert sizes == [64, 64, 32]
+    assert [gpu_kernel.block_size(count, jnp.dtype("float32")) for count in (64, 128)] == [64, 32]
 
 
 @pytest.mark.gpu

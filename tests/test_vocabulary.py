@@ -394,6 +394,42 @@ def test_over_shards_of_the_width_a_stripe_at_a_time_is_gathered():
     assert max(sizes(program)) == 512 * 8
 
 
+def test_a_gpu_has_few_wide_products(monkeypatch):
+    monkeypatch.setattr(vocabulary, "STRIPE", 2048)
+    head = decoder.Head(jnp.zeros((2, 50_304)))
+    assert vocabulary.make_cut(head, (8, 748))[1:4] == (50_304, 2048, 25)
+    assert vocabulary.make_cut(head, (8, 748)).block == 96
+    monkeypatch.setattr(vocabulary, "platform_of", lambda mesh: "gpu")
+    # of 5,984 tokens 2^26 logits are 11,214 columns
+    cut = vocabulary.make_cut(head, (8, 748))
+    assert (cut.width, cut.count, cut.block) == (10_112, 5, 748)
+    # of 720 the most that there are, and of a million no fewer than anywhere
+    assert vocabulary.make_cut(head, (2, 360))[2:4] == (12_672, 4)
+    many = vocabulary.make_cut(head, (256, 4096))
+    assert (many.width, many.count, many.block) == (2048, 25, 512)
+    # blocks that no gradient reaches have as many tokens as others
+    assert vocabulary.make_cut(head, (8, 1024), partly_trained=True).block == 512
+
+
+@pytest.mark.parametrize("filled", [5, 12])
+def test_a_gpus_stripes_and_blocks_give_the_same(filled, monkeypatch):
+    monkeypatch.setattr(vocabulary, "platform_of", lambda mesh: "gpu")
+    monkeypatch.setattr(vocabulary, "GPU_BLOCK", 12)
+    monkeypatch.setattr(vocabulary, "STRIPE_ELEMENTS", 2**12)
+    case = draw(500)._replace(tied=True)
+    case.cotangent[:, filled:] = 0
+    head = decoder.Head(jnp.asarray(case.matrix.T), is_embedding=True)
+    cut = vocabulary.make_cut(head, case.target.shape)
+    assert (cut.width, cut.count, cut.block) == (256, 2, 8)
+    compare(find(case), oracle(case), 1e-6)
+
+
+def test_the_platform_is_that_of_the_mesh_which_may_not_be_here():
+    assert vocabulary.platform_of(jax.sharding.get_abstract_mesh()) == "cpu"
+    mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+    assert vocabulary.platform_of(mesh.abstract_mesh) == "cpu"
+
+
 def test_a_vocabulary_that_the_shards_do_not_divide_stays_whole():
     case = spread(1023)._replace(tied=True)
     found, _ = on_mesh(case, config.Mesh(data=2, fsdp=2, tensor=2))

@@ -26,6 +26,8 @@ BLOCK, ROW_BYTES = 64, 256
 # how Triton computes a program: with how many warps, and stages of a loop that overlap
 WARPS, STAGES = 4, 2
 LOWEST = blocks.LOWEST
+# dimensions of a head up to which a GPU has run the kernels, in bfloat16
+MOST_DIMENSIONS = 128
 
 
 class Lists(NamedTuple):
@@ -37,6 +39,11 @@ class Lists(NamedTuple):
     queries: jax.Array
     query_ids: jax.Array  # int32 [N, 3, b]: example, branch and position
     key_ids: jax.Array
+
+
+def was_run(head_dim: int, dtype: str) -> bool:
+    """Whether a GPU has run the kernels with heads of as many dimensions, in that type."""
+    return head_dim <= MOST_DIMENSIONS and dtype == "bfloat16"
 
 
 def attend(
@@ -72,12 +79,17 @@ def attend_rows(
     # products are of sizes that are powers of 2, from 16
     head_dim = query.shape[3]
     padded = max(16, pallas.next_power_of_2(head_dim))
-    size = BLOCK if padded * query.dtype.itemsize <= ROW_BYTES else BLOCK // 2
+    size = block_size(padded, query.dtype)
     lists = list_pairs(query_ids, key_ids, form.window, size)
     wider = partial(jnp.pad, pad_width=((0, 0), (0, 0), (0, 0), (0, padded - head_dim)))
     cut = blocks.cut_heads(wider(query), wider(key), wider(value), size)
     mixed: Any = attend_pairs(form, cut, lists)
     return blocks.join_heads(mixed, (*query.shape[:3], padded), size)[..., :head_dim]
+
+
+def block_size(head_dim: int, dtype: np.dtype) -> int:
+    """Tokens of a block of heads with so many dimensions."""
+    return BLOCK if head_dim * dtype.itemsize <= ROW_BYTES else BLOCK // 2
 
 
 def list_pairs(
