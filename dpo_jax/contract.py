@@ -159,6 +159,15 @@ class _Batch(dict):
         )
 
 
+class _Found(NamedTuple):
+    """What a loss makes of a trial."""
+
+    # losses, metrics and the next state
+    returned: tuple
+    # of the summed losses in what was scored under the policy
+    gradient: list[jax.Array]
+
+
 class _Trial(NamedTuple):
     """Made-up inputs of a loss: four examples."""
 
@@ -238,7 +247,7 @@ def check(
     jitted, reference_read = make(loss, tuple(sorted(statics.items())))
     run = functools.partial(jitted, floats=floats)
     trials = [_draw(declared, names, columns, scale, seed) for seed, scale in enumerate(SCALES)]
-    losses, metrics, _ = run(trials[0])
+    losses, metrics = run(trials[0]).returned[:2]
     _check_reference(bool(reference_read), has_reference, title)
     for what, value in {"losses": losses, **{f"metric {k}": v for k, v in metrics.items()}}.items():
         if jnp.shape(value) != (4,):
@@ -247,11 +256,11 @@ def check(
                 "[N]"
             )
     for trial in (*trials[:2], _at_reference(trials[0], declared)):
-        found, gradient = run(trial)[0], _gradient(run, trial)
+        (found, *_), gradient = run(trial)
         if not np.all(np.isfinite(found)) or not all(map(np.all, map(np.isfinite, gradient))):
             raise ValueError(
                 f"loss {title} is {found} on log-probabilities near -5, with gradients "
-                f"{[one.tolist() for one in gradient]}: they must be finite"
+                f"{[np.asarray(one).tolist() for one in gradient]}: they must be finite"
             )
     if _examples_meet(run, trials, declared.batch_statistics):
         raise ValueError(
@@ -268,14 +277,13 @@ SCALES = (1.0, *[5.0] * 7)
 
 
 def _jitted(loss: Callable, statics: Sequence[tuple[str, Any]]) -> tuple[Callable, set[str]]:
-    """The loss of a _Trial under jit, its floats traced as in the train step; and the completions
-    of the reference that it has read, once it has run.
+    """What a loss makes of a _Trial under jit, its floats traced as in the train step; and the
+    completions of the reference that it has read, once it has run.
     """
     title, reference_read = loss.__name__, set()
     loss_of = with_state(loss, **dict(statics))
 
-    @jax.jit
-    def run(trial: _Trial, floats: dict):
+    def find(trial: _Trial, floats: dict):
         policy, reference = (_Completions(side, title) for side in trial[:2])
         state = needs(loss).state()
         returned = loss_of(policy, reference, _Batch(trial.batch, title), state, **floats)
@@ -288,6 +296,18 @@ def _jitted(loss: Callable, statics: Sequence[tuple[str, Any]]) -> tuple[Callabl
             )
         _check_state(state, returned[2], title)
         return returned
+
+    # one program of everything, which is small, and takes longest to compile
+    @jax.jit
+    def run(trial: _Trial, floats: dict) -> _Found:
+        def objective(scored):
+            policy = {name: trial.policy[name]._replace(**sums) for name, sums in scored.items()}
+            returned = find(trial._replace(policy=policy), floats)
+            return jnp.sum(returned[0]), returned
+
+        scored = logps.differentiable(trial.policy)
+        gradient, returned = jax.grad(objective, has_aux=True)(scored)
+        return _Found(returned, jax.tree.leaves(gradient))
 
     return run, reference_read
 
@@ -346,16 +366,16 @@ def _draw(
     """
     names = [*names, pack.PROMPT] if declared.prompt else names
     generator = np.random.default_rng(seed)
-    length = jnp.array([3, 4, 5, 6], jnp.int32)
+    length: Any = np.array([3, 4, 5, 6], np.int32)
 
     def completions(statistics: Mapping[str, Any]) -> dict[str, logps.Logps]:
-        def draw():
-            return jnp.asarray(-5.0 - scale * generator.random(4, np.float32))
+        def draw() -> Any:
+            return np.float32(-5.0) - np.float32(scale) * generator.random(4, np.float32)
 
         return {n: logps.Logps(draw(), length, {s: draw() for s in statistics}) for n in names}
 
-    extras = {name: jnp.array([1.0, 0.0, 1.0, 0.0]) for name in columns}
-    batch = {"weight": jnp.ones(4), **extras}
+    extras: Any = {name: np.array([1.0, 0.0, 1.0, 0.0], np.float32) for name in columns}
+    batch: Any = {"weight": np.ones(4, np.float32), **extras}
     return _Trial(completions(declared.policy), completions(declared.reference), batch)
 
 
@@ -368,17 +388,6 @@ def _at_reference(trial: _Trial, declared: Needs) -> _Trial:
 
     equal = {name: anchor(name, one) for name, one in trial.policy.items()}
     return trial._replace(reference=equal)
-
-
-def _gradient(run: Callable, trial: _Trial) -> list[np.ndarray]:
-    """Gradients of the summed losses in what was scored under the policy."""
-
-    def objective(scored):
-        policy = {name: trial.policy[name]._replace(**sums) for name, sums in scored.items()}
-        return jnp.sum(run(trial._replace(policy=policy))[0])
-
-    gradient = jax.grad(objective)(logps.differentiable(trial.policy))
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(gradient)]
 
 
 def _examples_meet(run: Callable, trials: Sequence[_Trial], declared: bool) -> bool:
@@ -394,7 +403,9 @@ def _examples_meet(run: Callable, trials: Sequence[_Trial], declared: bool) -> b
             pairs += [(trial, emptied, 3)]
             pairs += [(trial, trial.moved(example, shift), example) for example in range(4)]
         for one, other, example in pairs:
-            before, after = (np.delete(np.asarray(run(t)[0]), example) for t in (one, other))
+            before, after = (
+                np.delete(np.asarray(run(t).returned[0]), example) for t in (one, other)
+            )
             if not np.array_equal(before, after):
                 return True
     return False

@@ -5,11 +5,11 @@ Dimensions: M rows of all tokens, E experts, D inputs, F outputs.
 
 import functools
 import math
+import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import qwix
 
 # weights: an array, or int8 values with a float32 scale for each output
 Weights = Any
@@ -19,6 +19,9 @@ def product(hidden: jax.Array, weights: Weights, inputs: int) -> jax.Array:
     """hidden over its last `inputs` axes times the weights over their first: in hidden's type."""
     if not is_quantised(weights):
         return dense(inputs, hidden, weights.astype(hidden.dtype))
+    # a fifth of a second, which runs without int8 do without
+    import qwix
+
     axes = tuple(range(hidden.ndim - inputs, hidden.ndim)), tuple(range(inputs))
 
     # what backpropagation keeps is the int8 values, and not what they are multiplied out to
@@ -83,15 +86,22 @@ def quantise(weights: jax.Array, inputs: tuple[int, ...]) -> Weights:
     """int8 values of weights, and for each place along the other axes than `inputs` the float32
     scale that makes the largest of them 127.
     """
+    import qwix
+
     kept = [axis for axis in range(weights.ndim) if axis not in inputs]
     return qwix.quantize(weights.astype(jnp.float32), jnp.int8, channelwise_axes=kept)
 
 
 def dequantise(weights: Weights) -> jax.Array:
     """The float32 array that quantised weights stand for; an array as it is."""
-    return qwix.dequantize(weights) if is_quantised(weights) else weights
+    if not is_quantised(weights):
+        return weights
+    import qwix
+
+    return qwix.dequantize(weights)
 
 
 def is_quantised(weights: Weights) -> bool:
     """Whether weights are int8 values and scales."""
-    return isinstance(weights, qwix.QArray)
+    qwix = sys.modules.get("qwix")
+    return qwix is not None and isinstance(weights, qwix.QArray)
