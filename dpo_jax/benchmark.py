@@ -140,7 +140,9 @@ def run(
             name: [*own, "--worker", name, "--folder", folder, "--count", str(steps)]
             for name in layouts
         }
-        peers, lacking = benchmark_peers.commands(settings.peers, experiment, folder)
+        peers, lacking = benchmark_peers.commands(
+            settings.peers, experiment, folder, settings.random_weights
+        )
         for line in [*left_out, *lacking]:
             print(line, flush=True)
         useful = dict.fromkeys(commands, useful_tokens(found.train, examples))

@@ -167,6 +167,8 @@ def possible(experiment: config.Experiment, names: Sequence[str]) -> tuple[list[
             left_out.append("cached is left out: the run has no reference")
         elif name == PADDED and more:
             left_out.append("padded is left out: the loss needs more than sums over completions")
+        elif name == PADDED and experiment.lora.rank is not None:
+            left_out.append("padded is left out: it trains all parameters, and no adapter")
         else:
             found.append(name)
     return found, left_out

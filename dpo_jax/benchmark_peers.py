@@ -24,12 +24,13 @@ class Peer(NamedTuple):
     losses: tuple[str, ...]
     # whether glibc's allocator is told to keep freed memory
     keeps_memory: bool
-    # whether it can train an adapter
+    # whether it can train an adapter, and start from weights that it draws itself
     has_adapters: bool
+    draws: bool
 
 
-TRL = Peer("benchmark_trl.py", ("dpo", "kto", "orpo", "orpo_prompt"), False, True)
-TUNIX = Peer("benchmark_tunix.py", ("dpo", "orpo", "orpo_prompt"), False, False)
+TRL = Peer("benchmark_trl.py", ("dpo", "kto", "orpo", "orpo_prompt"), False, True, True)
+TUNIX = Peer("benchmark_tunix.py", ("dpo", "orpo", "orpo_prompt"), False, False, False)
 PEERS: Mapping[str, Peer] = {
     "trl": TRL,
     "trl-fast": TRL._replace(keeps_memory=True),
@@ -53,7 +54,10 @@ def parse(texts: Sequence[str]) -> dict[str, str]:
 
 
 def commands(
-    pythons: Mapping[str, str], experiment: config.Experiment, folder: str
+    pythons: Mapping[str, str],
+    experiment: config.Experiment,
+    folder: str,
+    random_weights: bool = False,
 ) -> tuple[dict[str, list[str]], list[str]]:
     """How the peers that have the loss are started, and a line for each that lacks it; ValueError
     for a peer that is not known, or for a run that peers do something else for.
@@ -69,6 +73,8 @@ def commands(
             raise ValueError(f"there is no peer {peer!r}: --peer takes {', '.join(PEERS)}")
         if experiment.lora.rank is not None and not PEERS[peer].has_adapters:
             left_out.append(f"{peer} is left out: it trains all parameters, and no adapter")
+        elif random_weights and not PEERS[peer].draws:
+            left_out.append(f"{peer} is left out: it draws no weights itself")
         elif name in PEERS[peer].losses:
             found[peer] = [python, str(SCRIPTS / PEERS[peer].script), folder, peer]
         else:

@@ -87,8 +87,8 @@ class Model:
     remat: Literal["none", "dots", "full"] = "none"
     # how attention is computed: plain, all pairs of a row's tokens at once, or blocks, which leaves
     # out pairs of blocks that do not see each other, or kernel, which does so in Pallas kernels of
-    # the platform, TPU or GPU; None: blocks on CPU, kernel on TPU, and on GPU where heads have
-    # at most 128 dimensions and the compute type is bfloat16, else plain
+    # the platform, TPU or GPU; None: blocks on CPU, kernel on TPU, and on NVIDIA's GPUs where
+    # heads have at most 128 dimensions and the compute type is bfloat16, else plain
     attention: Literal["plain", "blocks", "kernel"] | None = None
     # how matrices that are not trained are held (an adapter's base, a reference's); None: in the
     # compute type, which changes nothing; int8: with a scale an output, for an adapter's base

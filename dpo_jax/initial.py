@@ -263,9 +263,12 @@ def choose_attention(
     shape: model_config.DecoderConfig, settings: config.Model, mesh, rows: NamedSharding | None
 ) -> Callable:
     """How the run attends on the mesh, which may be one that is compiled for and not here."""
-    platform = mesh.devices.flat[0].platform
-    of_gpu = "kernel" if gpu_kernel.was_run(shape.head_dim, compute_type(settings)) else "plain"
-    by_default = {"cpu": "blocks", "tpu": "kernel", "gpu": of_gpu, "cuda": of_gpu}
+    device = mesh.devices.flat[0]
+    platform, by_default = device.platform, {"cpu": "blocks", "tpu": "kernel"}
+    if platform in ("gpu", "cuda") and gpu_kernel.is_proven(
+        device.device_kind, shape.head_dim, compute_type(settings)
+    ):
+        by_default[platform] = "kernel"
     match settings.attention or by_default.get(platform, "plain"), platform:
         case "plain", _ if sharding.row_shards(mesh) == 1:
             return attention.attend

@@ -17,7 +17,7 @@ from dpo_jax.data import rows, tokenise, tokenizer
 # completions and columns that unpaired examples may have
 UNPAIRED = ("completion", "mismatched"), ("desirable", "density_ratio")
 # seconds of compiling from which a program is kept on disk
-LEAST_COMPILING = 0.2
+LEAST_COMPILING = 0.05
 
 
 class Inputs(NamedTuple):

@@ -31,6 +31,7 @@ PROGRAM = "python -m scripts.benchmark"
 def main() -> None:
     """Runs a command line; errors of the user's are printed and end the process (SystemExit 2)."""
     own, rest = make_parser().parse_known_args()
+    refuse_unread(own)
     if own.logps:
         from dpo_jax import benchmark_logps
 
@@ -49,6 +50,15 @@ def main() -> None:
             work(own, experiment, file)
     except ValueError as error:
         flags.stop(error)
+
+
+def refuse_unread(own: argparse.Namespace) -> None:
+    """Ends the process for a flag of a race where there is none."""
+    kinds = [name for name in ("logps", "scaling", "flops", "sweep") if getattr(own, name)]
+    unread = [name for name in ("once", "random_weights", "peer") if getattr(own, name)]
+    if kinds and unread:
+        name = unread[0].replace("_", "-")
+        flags.stop(ValueError(f"--{name} is of a race, and --{kinds[0]} is none: leave one out"))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -125,10 +135,12 @@ def work(own: argparse.Namespace, experiment: config.Experiment, file: Path) -> 
         experiment = benchmark.trimmed(experiment, own.count)
         benchmark_sweep.work(experiment, file, Path(own.folder), own.points)
         return
-    model = experiment.model
+    experiment = benchmark.trimmed(experiment, benchmark.LONG_RUN)
     if not own.random_weights:
-        model = dataclasses.replace(model, source=f"{own.folder}/model")
-    experiment = benchmark.trimmed(experiment, benchmark.LONG_RUN).replace(model=model)
+        # where an adapter that lay on it is merged
+        model = dataclasses.replace(experiment.model, source=f"{own.folder}/model")
+        lora = dataclasses.replace(experiment.lora, start="continue")
+        experiment = experiment.replace(model=model, lora=lora)
     inputs.enable_compile_cache(paths.join(paths.cache_folder(), "compiled"))
     mesh = sharding.make_mesh(experiment.mesh, jax.devices())
     stepper = benchmark_layouts.make(own.worker, experiment, mesh, own.folder)

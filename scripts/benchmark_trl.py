@@ -4,7 +4,8 @@ environment and imports nothing of this project.
 PYTHON scripts/benchmark_trl.py FOLDER trl|trl-fast|trl-bf16|trl-liger, for TRL 1.16:
     trl       as it comes: bfloat16 where a product is, activation checkpointing
     trl-fast  float32, no activation checkpointing, and logits of completions' tokens only
-    trl-bf16  the same in bfloat16; on a GPU products in float32 are of TF32's
+    trl-bf16  the same in bfloat16, but for parameters, those of the reference too; on a GPU
+              products in float32 are of TF32's
     trl-liger the same with Liger's kernels for norms, rotations and MLPs, for GPUs
 An adapter's base is bfloat16 where a product is, and the reference is the base without it. A folder
 without weights has every trainer draw its own.
@@ -46,7 +47,7 @@ def main() -> None:
         importlib.import_module(module) for module in ("torch", "transformers", "datasets")
     )
     torch.set_num_threads(os.cpu_count() or 1)
-    if COMPUTE[name] == "bfloat16":
+    if name != "trl" and COMPUTE[name] == "bfloat16":
         torch.set_float32_matmul_precision("high")
     run = json.loads((folder / "examples.json").read_text())
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
@@ -60,7 +61,8 @@ def main() -> None:
         peak = torch.cuda.max_memory_allocated()
     shape = json.loads((folder / "model" / "config.json").read_text())
     products = {kind: matmul_rate(torch, getattr(torch, kind)) for kind in ("float32", "bfloat16")}
-    say({"peak": peak, "products": products, **count(shape, run, name)})
+    counted = count(shape, run, name, on_gpu=torch.cuda.is_available())
+    say({"peak": peak, "products": products, **counted})
 
 
 def say(message: dict[str, Any]) -> None:
@@ -229,13 +231,13 @@ def make_callback(transformers, before: int) -> Any:
         left, seconds, begun, warm = 0, [], 0.0, 0
 
         def on_step_begin(self, args, state, control, **unused):
+            wait()
             if self.warm == 1:
                 started = float(os.environ.get("BENCHMARK_STARTED", time.time()))
                 self.first_step = time.time() - started
             self.warm += 1
             if self.warm == before + 1:
                 say({"ready": True, "first_step": self.first_step, "loss": FIRST[0]})
-            wait()
             if self.warm > before and self.left == 0:
                 self.left, self.seconds = json.loads(sys.stdin.readline())["steps"], []
                 self.begun = time.perf_counter()
@@ -274,7 +276,7 @@ def lengths(step: Sequence[dict[str, Any]], parts: Sequence[str]) -> list[tuple[
     ]
 
 
-def count(shape: dict[str, Any], run: dict[str, Any], name: str) -> dict[str, Any]:
+def count(shape: dict[str, Any], run: dict[str, Any], name: str, *, on_gpu: bool) -> dict[str, Any]:
     """Positions of all steps ("computed"), and, of models whose layers are known, FLOPs of their
     matrix products by type ("flops").
     """
@@ -284,7 +286,7 @@ def count(shape: dict[str, Any], run: dict[str, Any], name: str) -> dict[str, An
         for part in [PAIR] if run["loss"] != "kto" else [("completion",), ("mismatched",)]:
             batch = lengths(step, part)
             computed += len(batch) * max(length for length, _ in batch)
-            found = count_flops(shape, batch, run["loss"], part[0], name, is_adapter)
+            found = count_flops(shape, batch, run["loss"], part[0], name, is_adapter, on_gpu)
             for kind, number in found.items():
                 flops[kind] += number
     counted = shape["model_type"] in COUNTED
@@ -298,13 +300,14 @@ def count_flops(
     part: str,
     name: str,
     is_adapter: bool = False,
+    on_gpu: bool = False,
 ) -> dict[str, float]:
     """FLOPs of a padded batch [R, L] through policy and reference, by type.
 
     A gradient costs two forward passes; checkpointed layers run forward once more, but for their
-    last product; the head of DPO and KTO computes its logits twice, and its gradients in float32
-    whatever the type. Of an adapter, whose own products are not counted, the base's weights have no
-    gradient.
+    last product; the head of DPO and KTO computes its logits twice, and on CPUs its gradients in
+    float32 whatever the type. Of an adapter, whose own products are not counted, the base's weights
+    have no gradient.
     """
     rows, tokens = len(batch), max(length for length, _ in batch)
     width, heads, layers = (
@@ -314,7 +317,7 @@ def count_flops(
     attention = 2 * width * head_dim * (heads + shape["num_key_value_heads"])
     body = 2 * layers * (attention + 3 * width * shape["intermediate_size"]) * rows * tokens
     body += 4 * layers * heads * head_dim * rows * tokens**2
-    is_compact = name != "trl" and loss in ("dpo", "kto")
+    is_compact = (on_gpu or name != "trl") and loss in ("dpo", "kto")
     scored = sum(answer for _, answer in batch) if is_compact else rows * (tokens - 1)
     head = 2 * width * shape["vocab_size"] * scored
     again = 0
@@ -327,7 +330,7 @@ def count_flops(
         found[COMPUTE[name]] += 2 * (body + head)
     elif loss in ("dpo", "kto"):
         found[COMPUTE[name]] += 2 * body + trained + again + 3 * head
-        found["float32"] += of_head
+        found[COMPUTE[name] if on_gpu else "float32"] += of_head
     else:
         found[COMPUTE[name]] += body + trained + again + head + of_head
     return found

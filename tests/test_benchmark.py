@@ -29,6 +29,7 @@ from dpo_jax import (
 )
 from dpo_jax.data import pack, rows
 from dpo_jax.model import decoder, presets, weights
+from scripts import benchmark as scripts_benchmark
 from scripts import benchmark_trl, benchmark_tunix
 from tests import tiny
 
@@ -209,6 +210,9 @@ def test_an_adapter_has_only_the_peers_that_train_one(folder, tmp_path):
     found, left_out = benchmark_peers.commands({"trl-liger": "p", "tunix": "q"}, run, "f")
     assert list(found) == ["trl-liger"]
     assert left_out == ["tunix is left out: it trains all parameters, and no adapter"]
+    found, left_out = benchmark_layouts.possible(run, ["packed", "padded"])
+    assert found == ["packed"]
+    assert left_out == ["padded is left out: it trains all parameters, and no adapter"]
     run = run.replace(lora=config.Lora(rank=4, targets=("query",)))
     with pytest.raises(ValueError, match=r"lora.targets is \('query',\), and peers adapt all"):
         benchmark_peers.commands({"trl-liger": "p"}, run, "f")
@@ -233,6 +237,22 @@ def test_random_weights_are_of_a_preset(folder, tmp_path):
     run = tiny.experiment(folder, tmp_path, **{"model.source": str(folder)})
     with pytest.raises(ValueError, match="--random-weights are those of a preset"):
         benchmark.run(run, tiny.FILE, [], benchmark.Settings(random_weights=True))
+
+
+def test_a_peer_that_draws_no_weights_is_left_out_where_none_are_written(folder, tmp_path):
+    run = tiny.experiment(folder, tmp_path)
+    found, left_out = benchmark_peers.commands({"trl": "p", "tunix": "q"}, run, "f", True)
+    assert list(found) == ["trl"]
+    assert left_out == ["tunix is left out: it draws no weights itself"]
+
+
+@pytest.mark.parametrize("flag", ["--once", "--random-weights"])
+def test_a_flag_of_a_race_is_refused_where_there_is_none(flag, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--flops", "experiments/dpo.py", flag])
+    with pytest.raises(SystemExit) as ended:
+        scripts_benchmark.main()
+    assert ended.value.code == 2
+    assert f"{flag} is of a race, and --flops is none: leave one out" in capsys.readouterr().err
 
 
 def test_contenders_share_a_gpus_memory(tmp_path):
@@ -461,6 +481,9 @@ def test_flops_of_padded_rows_are_those_of_policy_and_reference_by_type():
     # under an adapter no weight has a gradient
     found = benchmark_trl.count_flops(LLAMA, batch, "dpo", "chosen", "trl-bf16", is_adapter=True)
     assert found == {"float32": 5 * head, "bfloat16": 3 * body + 3 * 5 * head}
+    # on a GPU the head has logits of completions alone as it comes, and gradients of its type
+    found = benchmark_trl.count_flops(LLAMA, batch, "dpo", "chosen", "trl", on_gpu=True)
+    assert found == {"float32": 0.0, "bfloat16": 4 * body + again + 5 * 5 * head}
     found = benchmark_trl.count_flops(LLAMA, batch, "orpo", "chosen", "trl-fast", is_adapter=True)
     assert found == {"float32": 2 * body + 2 * 12 * head, "bfloat16": 0.0}
 

@@ -112,6 +112,45 @@ def test_a_gradient_that_is_not_finite_is_refused():
         check(loss)
 
 
+def test_the_loss_itself_is_looked_at_where_its_own_rule_for_gradients_gives_another():
+    @jax.custom_vjp
+    def odd(values):
+        return jnp.full_like(values, jnp.nan)
+
+    odd.defvjp(lambda values: (values, None), lambda kept, cotangent: (cotangent,))
+
+    def loss(policy, reference, batch):
+        return odd(margin(policy, reference)), {}
+
+    with pytest.raises(ValueError, match=r"loss loss is \[nan nan nan nan\]"):
+        check(loss)
+
+
+def test_what_a_loss_lacks_is_told_before_what_fails_when_it_is_differentiated():
+    def loss(policy, reference, batch):
+        return jnp.sign(margin(policy, reference)).astype(jnp.int32), {}
+
+    with pytest.raises(ValueError, match="loss loss returned losses of int32: they must be float"):
+        check(loss)
+    with pytest.raises(ValueError, match="reads the reference, and reference.source is None"):
+        check(loss, has_reference=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values.at[0].set(values[0]),
+        lambda values: values[jnp.argsort(values)],
+    ],
+    ids=["at", "index"],
+)
+def test_a_loss_gets_arrays_of_jax_when_it_is_asked_what_it_reads(change):
+    def loss(policy, reference, batch):
+        return change(policy["chosen"].total) - reference["chosen"].total, {}
+
+    assert contract.reads(loss, {}, PAIRS, ()) == {"chosen"}
+
+
 def test_a_gradient_is_looked_at_where_policy_equals_reference():
     def loss(policy, reference, batch):
         return jnp.abs(margin(policy, reference)) ** 0.5, {}

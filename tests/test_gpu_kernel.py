@@ -58,17 +58,20 @@ def test_gradients_are_lowered_for_cuda(dtype):
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "dtype", "expected"),
+    ("kind", "head_dim", "dtype", "expected"),
     [
-        (64, "bfloat16", gpu_kernel.attend),
-        (128, None, attention.attend),
-        (128, "bfloat16", gpu_kernel.attend),
-        (256, "bfloat16", attention.attend),
+        ("NVIDIA H200", 64, "bfloat16", gpu_kernel.attend),
+        ("NVIDIA H200", 128, None, attention.attend),
+        ("NVIDIA H200", 128, "bfloat16", gpu_kernel.attend),
+        ("NVIDIA H200", 256, "bfloat16", attention.attend),
+        ("AMD Instinct MI300X", 64, "bfloat16", attention.attend),
     ],
 )
-def test_kernels_are_the_default_for_what_a_gpu_has_run(head_dim, dtype, expected, monkeypatch):
+def test_kernels_are_the_default_for_what_a_gpu_has_run(
+    kind, head_dim, dtype, expected, monkeypatch
+):
     monkeypatch.setattr(sharding, "row_shards", lambda mesh: 1)
-    devices = np.array([types.SimpleNamespace(platform="gpu")])
+    devices = np.array([types.SimpleNamespace(platform="gpu", device_kind=kind)])
     mesh = types.SimpleNamespace(devices=devices)
     shape = dataclasses.replace(tiny.DECODER, head_dim=head_dim)
 
@@ -88,21 +91,19 @@ def test_longer_rows_of_heads_have_smaller_blocks():
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
-@pytest.mark.parametrize("head_dim", [80, 128, 256])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance", "choices"),
-    [("bfloat16", 2e-2, {}), ("float32", 5e-3, {"window": 40, "cap": 2.0})],
-    ids=["bfloat16", "float32, window, cap"],
-)
-def test_a_gpu_gives_what_all_pairs_at_once_give(head_dim, dtype, tolerance, choices):
-    """Products in TF32 are good to three digits."""
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("choices", [{}, {"window": 40, "cap": 2.0}], ids=["plain", "window, cap"])
+def test_a_gpu_gives_what_all_pairs_at_once_give(head_dim, choices):
+    """Of what `is_proven` names. With 256 dimensions the compiler came to no end in half a minute;
+    nothing is known of float32.
+    """
     if jax.default_backend() != "gpu":
         pytest.skip("no GPU: JAX_PLATFORMS=cuda has one used")
     ids = test_tpu_kernel.pack((100, 60, 90), (20, 11, 19), (300, 200, 150))
     drawn = test_blocks.draw(ids, head_dim=head_dim)
-    arrays = tuple(array.astype(dtype) for array in drawn)
+    arrays = tuple(array.astype("bfloat16") for array in drawn)
     exact = tuple(array.astype(jnp.float32) for array in arrays)
     with jax.default_matmul_precision("highest"):
         expected = test_blocks.both(attention.attend, exact, ids, **choices)
     found = test_blocks.both(gpu_kernel.attend, arrays, ids, **choices)
-    test_blocks.assert_close(found, expected, tolerance)
+    test_blocks.assert_close(found, expected, 2e-2)

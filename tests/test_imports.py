@@ -220,6 +220,15 @@ def test_importing_it_for_real_pulls_no_jax(module):
     assert done.stdout.strip() == "[]"
 
 
+def test_training_imports_nothing_for_int8_or_text_before_it_needs_it():
+    names = "qwix", "transformers", "datasets"
+    program = f"import sys, dpo_jax.train; print([m for m in {names} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize(
     ("source", "offence"),
     [

@@ -26,7 +26,7 @@ BLOCK, ROW_BYTES = 64, 256
 # how Triton computes a program: with how many warps, and stages of a loop that overlap
 WARPS, STAGES = 4, 2
 LOWEST = blocks.LOWEST
-# dimensions of a head up to which a GPU has run the kernels, in bfloat16
+# dimensions of a head up to which GPUs have run the kernels, in bfloat16
 MOST_DIMENSIONS = 128
 
 
@@ -41,9 +41,11 @@ class Lists(NamedTuple):
     key_ids: jax.Array
 
 
-def was_run(head_dim: int, dtype: str) -> bool:
-    """Whether a GPU has run the kernels with heads of as many dimensions, in that type."""
-    return head_dim <= MOST_DIMENSIONS and dtype == "bfloat16"
+def is_proven(device_kind: str, head_dim: int, dtype: str) -> bool:
+    """Whether GPUs of a maker (of which JAX calls one so) have run the kernels in that type, with
+    heads of as many dimensions or more.
+    """
+    return "NVIDIA" in device_kind and head_dim <= MOST_DIMENSIONS and dtype == "bfloat16"
 
 
 def attend(
