@@ -18,6 +18,7 @@ python -m scripts.benchmark --sweep EXPERIMENT [--json FILE] [flags of the run]:
 
 import argparse
 import dataclasses
+import gc
 import json
 import os
 import sys
@@ -131,6 +132,8 @@ def work(own: argparse.Namespace, experiment: config.Experiment, file: Path) -> 
         sharding,
     )
 
+    # as scripts.train
+    gc.freeze()
     if own.points is not None:
         experiment = benchmark.trimmed(experiment, own.count)
         benchmark_sweep.work(experiment, file, Path(own.folder), own.points)

@@ -6,6 +6,7 @@ With several processes, each is started with the same command, as with scripts.t
 """
 
 import functools
+import gc
 import os
 import sys
 
@@ -26,6 +27,8 @@ def make_training(address: addresses.Address) -> sweep.Training:
     """How this process trains the points, imported now: it imports jax."""
     from dpo_jax import processes, sweep_process
 
+    # as scripts.train
+    gc.freeze()
     processes.start(address)
     training = sweep_process.make_training()
     return training._replace(train=processes.ending_together()(training.train))

@@ -4,6 +4,7 @@ With several processes, each is started with the same command. A TPU and SLURM t
 other; elsewhere --processes.coordinator HOST:PORT --processes.count N --processes.id I do.
 """
 
+import gc
 import os
 import sys
 
@@ -21,6 +22,9 @@ def main() -> None:
         experiment = experiment.replace(workdir=f"runs/{experiment_file.stem}")
     from dpo_jax import processes, task
 
+    # what is imported stays: not looked at again and again while a step is traced, which takes a
+    # fifth longer then
+    gc.freeze()
     processes.start(address)
     try:
         task.run(experiment, experiment_file)

@@ -1,5 +1,6 @@
 """What every test shares: CPU devices, strict numerics, its own cache, real data."""
 
+import gc
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -19,6 +20,9 @@ jax.config.update("jax_platforms", PLATFORM)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", None)
+
+# Tracing makes so many objects that looking for garbage would take a fifth of its time.
+gc.set_threshold(50_000, 20, 20)
 
 # Compiling is most of the tests' time. Without LLVM's optimisations it takes a fifth of it, and
 # XLA's own are all there. Processes that tests start inherit the flags; who sets XLA_FLAGS, if only
