@@ -41,8 +41,10 @@ from dpo_jax import (
 from dpo_jax.data import pack
 
 DONE, INPUTS = "DONE", "inputs.json"
-# largest log-ratio per token, in nats, between two computations with the same weights
-TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+# Largest log-ratio, in nats, over the root of its completion's tokens, between two computations
+# with the same weights: each token's error is its own. GPUs round policy and reference in other
+# places: first losses of DPO in bfloat16 were up to 0.01 from log 2 there.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 # batches made ahead of the step
 AHEAD = 2
 
@@ -369,7 +371,8 @@ def check_identity(run: assemble.Run, deviation: float) -> None:
     )
     raise ValueError(
         "at step 0 policy and reference have the same weights, and their log-probabilities differ "
-        f"by up to {deviation:.3g} nats a token (at most {tolerance:g} is expected): {cause}"
+        f"by up to {deviation:.3g} nats times the root of a completion's tokens (at most "
+        f"{tolerance:g} is expected): {cause}"
     )
 
 

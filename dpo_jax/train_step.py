@@ -53,7 +53,7 @@ class Sums(NamedTuple):
 
     # sum and weight [2] of the loss and of each metric, which add up over batches
     metrics: dict[str, jax.Array]
-    # largest absolute log-ratio per token, in nats; nan without a reference
+    # largest absolute log-ratio over the root of its completion's tokens; nan without a reference
     deviation: jax.Array
     # the loss's next state
     loss_state: Any
@@ -69,7 +69,7 @@ def make_train_step(
 
     `numbers` is {"loss": the loss's floats, "learning_rate": peak}, traced, so that no value of
     them compiles anew. `accumulate` is `whole`, or what `make_microbatched` or `make_two_pass`
-    returns. The metric `deviation` is the largest log-ratio per token before the update.
+    returns. The metric `deviation` is `Sums.deviation` before the update.
     """
 
     def step(state: TrainState, held: Held, batch: dict, numbers: dict) -> tuple[TrainState, dict]:
@@ -112,7 +112,8 @@ def apply_loss(
     if anchor is None:
         return Sums(sums, jnp.array(jnp.nan), loss_state)
     ratios = [
-        jnp.abs(policy[name].total - anchor[name].total) / jnp.maximum(anchor[name].length, 1)
+        jnp.abs(policy[name].total - anchor[name].total)
+        * jax.lax.rsqrt(jnp.maximum(anchor[name].length, 1).astype(jnp.float32))
         for name in policy
     ]
     filled = batch["weight"] > 0

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -411,8 +412,27 @@ def test_a_reference_that_is_not_the_policy_at_step_0_stops_the_run(
         return {name: one._replace(total=one.total + one.length) for name, one in found.items()}
 
     monkeypatch.setattr("dpo_jax.reference.live", shifted)
-    with pytest.raises(ValueError, match=r"at step 0 .* differ by up to 1 nats a token"):
+    # a nat a token is as many as the root of the longest completion's 100
+    with pytest.raises(ValueError, match=r"at step 0 .* differ by up to 10 nats times the"):
         train.train(tiny.experiment(folder, tmp_path / "run", **ALONE), tiny.FILE)
+
+
+def test_what_rounding_makes_of_each_token_does_not_stop_a_run_in_bfloat16(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def rounded(score, held, batch):
+        found = score(held.reference, held, batch)
+        noise = {name: 0.2 * jnp.sqrt(one.length) for name, one in found.items()}
+        return {name: one._replace(total=one.total + noise[name]) for name, one in found.items()}
+
+    monkeypatch.setattr("dpo_jax.reference.live", rounded)
+    run = tiny.experiment(folder, tmp_path / "run", steps=1, **ALONE, **{"model.dtype": "bfloat16"})
+    train.train(run, tiny.FILE)
+    run = tiny.experiment(folder, tmp_path / "other", steps=1, **ALONE)
+    with pytest.raises(
+        ValueError, match=r"differ by up to 0\.2 nats times the root .*at most 0.001"
+    ):
+        train.train(run, tiny.FILE)
 
 
 def test_a_run_starts_from_another_run_and_has_it_as_reference(folder: Path, tmp_path: Path):

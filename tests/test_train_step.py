@@ -86,7 +86,7 @@ def gradient_of(accumulation: str, loss, batch) -> tuple[np.ndarray, train_step.
 
 
 def dpo_by_numpy(batch: dict, beta: float) -> tuple[float, np.ndarray, float]:
-    """Mean DPO loss, its gradient in the table, and the largest log-ratio per token, in float64."""
+    """Mean DPO loss, its gradient in the table, and the largest log-ratio over a root of tokens."""
     batch = jax.tree.map(np.asarray, batch)
     tables = [np.asarray(params["table"], np.float64) for params in (POLICY, ANCHOR)]
     policy, anchor = (t - np.log(np.exp(t).sum(-1, keepdims=True)) for t in tables)
@@ -102,7 +102,7 @@ def dpo_by_numpy(batch: dict, beta: float) -> tuple[float, np.ndarray, float]:
             np.add.at(count, (previous, batch["target"][row][places]), 1)
             counts.append(count)
             ratio = (count * (policy - anchor)).sum()
-            deviation = max(deviation, abs(ratio) / len(places))
+            deviation = max(deviation, abs(ratio) / len(places) ** 0.5)
         difference = counts[0] - counts[1]
         margin = beta * (difference * (policy - anchor)).sum()
         loss += np.log1p(np.exp(-margin))
