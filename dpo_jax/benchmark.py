@@ -32,6 +32,7 @@ from dpo_jax import (
     config,
     environment,
     flags,
+    initial,
     inputs,
     sharding,
     task,
@@ -131,11 +132,12 @@ def run(
     plan = pack.plan_run(found.train, experiment, 1)
     examples = [pack.examples(plan, number) for number in range(steps)]
     mixed = shuffled(examples, experiment.seed)
+    even, uneven = (useful_tokens(found.train, one) for one in (examples, mixed))
+    layouts, left_out = benchmark_layouts.possible(experiment, settings.layouts)
     with tempfile.TemporaryDirectory(prefix="dpo_jax_benchmark_") as folder:
         own = [sys.executable, "-m", "scripts.benchmark", str(experiment_file), *arguments]
         if settings.random_weights:
             own.append("--random-weights")
-        layouts, left_out = benchmark_layouts.possible(experiment, settings.layouts)
         commands = {
             name: [*own, "--worker", name, "--folder", folder, "--count", str(steps)]
             for name in layouts
@@ -145,29 +147,18 @@ def run(
         )
         for line in [*left_out, *lacking]:
             print(line, flush=True)
-        useful = dict.fromkeys(commands, useful_tokens(found.train, examples))
-        for name in {*commands, *peers} - {*benchmark_layouts.PACKED}:
-            useful[name] = useful_tokens(found.train, mixed)
         benchmark_peers.write_model(Path(folder), found, mesh, settings.random_weights)
-        for leaf in jax.tree.leaves((found.initial.params, found.initial.base)):
-            leaf.delete()
+        free(found.initial)
         benchmark_peers.write_examples(Path(folder), experiment, found.train, mixed)
         benchmark_layouts.write_steps(folder, mixed)
+        useful = {
+            name: even if name in benchmark_layouts.PACKED else uneven
+            for name in (*commands, *peers)
+        }
         results = race(commands, peers, folder, useful, settings)
-    shape, dtype = found.initial.model.config, found.initial.model.dtype
-    has_reference = experiment.reference.source is not None
+    dtype = found.initial.model.dtype
     # the same examples, in whatever steps
-    tokens = sum(useful_tokens(found.train, mixed))
-    floor = sum(
-        benchmark_flops.floor_flops(
-            shape,
-            found.train,
-            one,
-            has_reference=has_reference,
-            is_adapter=experiment.lora.rank is not None,
-        )
-        for one in examples
-    )
+    tokens = sum(even)
     return {
         "settings": {**settings._asdict(), "batch_size": experiment.batch_size},
         "left_out": [*left_out, *lacking],
@@ -180,10 +171,32 @@ def run(
         "devices": len(jax.devices()),
         "environment": environment.environment(flags.ROOT),
         "useful_tokens_per_step": tokens / steps,
-        "floor_flops_per_useful_token": floor / tokens,
+        "floor_flops_per_useful_token": floor_flops(experiment, found, examples) / tokens,
         "matmul_flops_per_second": machine_rate(dtype),
         "results": [result._asdict() for result in results],
     }
+
+
+def free(start: initial.Initial) -> None:
+    """Gives the memory of a model's weights back to the contenders."""
+    for leaf in jax.tree.leaves((start.params, start.base)):
+        leaf.delete()
+
+
+def floor_flops(
+    experiment: config.Experiment, found: inputs.Inputs, steps: Sequence[np.ndarray]
+) -> float:
+    """FLOPs that steps of these examples need at least."""
+    return sum(
+        benchmark_flops.floor_flops(
+            found.initial.model.config,
+            found.train,
+            examples,
+            has_reference=experiment.reference.source is not None,
+            is_adapter=experiment.lora.rank is not None,
+        )
+        for examples in steps
+    )
 
 
 def machine_rate(dtype: Any) -> float:

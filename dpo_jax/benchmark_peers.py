@@ -23,14 +23,14 @@ class Peer(NamedTuple):
     # names of the losses that it has
     losses: tuple[str, ...]
     # whether glibc's allocator is told to keep freed memory
-    keeps_memory: bool
+    keeps_memory: bool = False
     # whether it can train an adapter, and start from weights that it draws itself
-    has_adapters: bool
-    draws: bool
+    has_adapters: bool = False
+    draws: bool = False
 
 
-TRL = Peer("benchmark_trl.py", ("dpo", "kto", "orpo", "orpo_prompt"), False, True, True)
-TUNIX = Peer("benchmark_tunix.py", ("dpo", "orpo", "orpo_prompt"), False, False, False)
+TRL = Peer("benchmark_trl.py", ("dpo", "kto", "orpo", "orpo_prompt"), has_adapters=True, draws=True)
+TUNIX = Peer("benchmark_tunix.py", ("dpo", "orpo", "orpo_prompt"))
 PEERS: Mapping[str, Peer] = {
     "trl": TRL,
     "trl-fast": TRL._replace(keeps_memory=True),

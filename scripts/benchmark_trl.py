@@ -83,12 +83,15 @@ def load_model(torch, transformers, folder: Path, run: dict[str, Any], name: str
         return transformers.AutoModelForCausalLM.from_config(settings, dtype=dtype)
 
 
-def make_adapter(run: dict[str, Any]) -> dict[str, Any]:
-    """What a trainer is given for an adapter of all linear maps, if the run has one."""
+def make_models(run: dict[str, Any], load, *, has_reference: bool) -> dict[str, Any]:
+    """What a trainer is given to train: the model, and the reference or, if the run has one, an
+    adapter of all linear maps, under which the model is the reference.
+    """
     if run["lora"] is None:
-        return {}
+        return {"model": load(), **({"ref_model": load()} if has_reference else {})}
     peft = importlib.import_module("peft")
-    return {"peft_config": peft.LoraConfig(target_modules="all-linear", **run["lora"])}
+    adapter = peft.LoraConfig(target_modules="all-linear", **run["lora"])
+    return {"model": load(), "peft_config": adapter}
 
 
 def make_trainer(
@@ -136,9 +139,8 @@ def make_dpo(run: dict[str, Any]) -> tuple:
 
     def make(load, options, **rest) -> Any:
         args = trl.DPOConfig(max_length=None, beta=run["hyperparameters"]["beta"], **options)
-        reference = None if run["lora"] else load()
-        rest |= make_adapter(run)
-        return trl.DPOTrainer(model=load(), ref_model=reference, args=args, **rest)
+        models = make_models(run, load, has_reference=True)
+        return trl.DPOTrainer(args=args, **models, **rest)
 
     def row(example: dict[str, Any]) -> dict[str, Any]:
         return {f"{part}_ids": example[part] for part in ("prompt", "chosen", "rejected")}
@@ -161,9 +163,8 @@ def make_kto(run: dict[str, Any]) -> tuple:
             undesirable_weight=numbers["lambda_undesirable"],
             **options,
         )
-        reference = None if run["lora"] else load()
-        rest |= make_adapter(run)
-        return trl.KTOTrainer(model=load(), ref_model=reference, args=args, **rest)
+        models = make_models(run, load, has_reference=True)
+        return trl.KTOTrainer(args=args, **models, **rest)
 
     def row(example: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -183,7 +184,8 @@ def make_orpo(run: dict[str, Any]) -> tuple:
 
     def make(load, options, **rest) -> Any:
         args = orpo.ORPOConfig(max_length=longest, beta=run["hyperparameters"]["lam"], **options)
-        return orpo.ORPOTrainer(model=load(), args=args, **rest, **make_adapter(run))
+        models = make_models(run, load, has_reference=False)
+        return orpo.ORPOTrainer(args=args, **models, **rest)
 
     def row(example: dict[str, Any]) -> dict[str, Any]:
         found = {"prompt_input_ids": example["prompt"]}
