@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -21,6 +22,7 @@ from dpo_jax import (
     benchmark_logps,
     benchmark_peers,
     benchmark_table,
+    benchmark_worker,
     config,
     inputs,
     logps,
@@ -317,10 +319,18 @@ def test_a_race_has_even_steps_for_packed_rows_and_a_plain_shuffle_of_them_for_p
     run = tiny.experiment(folder, tmp_path, batch_size=8)
     seen = {}
 
+    def load(*arguments):
+        seen["inputs"] = inputs.load(*arguments)
+        return seen["inputs"]
+
     def race(layouts, peers, folder, useful, settings):
         seen.update(useful, steps=np.load(Path(folder) / benchmark_layouts.STEPS))
+        # contenders have the memory
+        leaves = jax.tree.leaves(seen["inputs"].initial.params)
+        assert leaves and all(leaf.is_deleted() for leaf in leaves)
         return []
 
+    monkeypatch.setattr(benchmark, "inputs", types.SimpleNamespace(load=load, Inputs=inputs.Inputs))
     monkeypatch.setattr(benchmark, "race", race)
     monkeypatch.setattr(benchmark_layouts, "matmul_rate", lambda dtype: 1.0)
     settings = benchmark.Settings(("packed", "padded"), rounds=3, steps=2)
@@ -332,6 +342,25 @@ def test_a_race_has_even_steps_for_packed_rows_and_a_plain_shuffle_of_them_for_p
     assert seen["padded"] == benchmark.useful_tokens(data, seen["steps"]) != seen["packed"]
     assert sorted(seen["steps"].ravel()) == sorted(np.concatenate(own))
     assert record["useful_tokens_per_step"] == sum(seen["packed"]) / 6
+
+
+def test_a_contender_starts_a_new_adapter_on_what_was_merged_for_it(folder, tmp_path, monkeypatch):
+    seen = []
+
+    def work(stepper, orders, dtype, count):
+        seen.append((stepper, dtype, count))
+
+    monkeypatch.setattr(benchmark_layouts, "make", lambda name, experiment, *rest: experiment)
+    monkeypatch.setattr(benchmark_worker, "work", work)
+    monkeypatch.setattr(inputs, "enable_compile_cache", lambda folder: None)
+    run = tiny.experiment(folder, tmp_path).replace(lora=config.Lora(rank=4, start="new"))
+    own = scripts_benchmark.make_parser().parse_args(
+        ["--worker", "packed", "--folder", str(tmp_path), "--count", "3"]
+    )
+    scripts_benchmark.work(own, run, tiny.FILE)
+    ((given, dtype, count),) = seen
+    assert (given.lora.start, given.model.source) == ("continue", f"{tmp_path}/model")
+    assert (dtype, count) == ("float32", 3)
 
 
 def test_the_padded_layout_takes_the_steps_that_it_is_given(folder, tmp_path):
